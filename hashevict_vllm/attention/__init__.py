@@ -1,0 +1,1 @@
+"""Mechanism: what a step appends, evicts and attends, around a stock backend."""

@@ -1,0 +1,69 @@
+"""What the kernels of all layers of a group share, made once at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hashevict_vllm.cache.element_map import probe_element_map
+from hashevict_vllm.kernels import cpu
+from hashevict_vllm.kernels.projection import make_projection
+
+if TYPE_CHECKING:
+    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+
+
+@dataclass(frozen=True)
+class KernelConstants:
+    """Arguments of `hashevict_vllm.kernels.cpu` that never change.
+
+    Attributes:
+        projection: float32 [D * b], row-major.
+        k_map: int32 [N, D], see `probe_element_map`.
+        v_map: int32 [N, D].
+        rule: int64 [3]: sinks, recent, whether the query is the hash source.
+
+    """
+
+    projection: np.ndarray
+    k_map: np.ndarray
+    v_map: np.ndarray
+    rule: np.ndarray
+
+    @classmethod
+    def build(cls, layer: Any, spec: BudgetedAttentionSpec) -> KernelConstants:
+        """Probe the page order of the layer's backend and compile the kernels.
+
+        Args:
+            layer: An attention layer of the group; its implementation writes the probe.
+            spec: The group's spec.
+
+        """
+        policy = spec.policy
+
+        def write(
+            key: torch.Tensor,
+            value: torch.Tensor,
+            cache: torch.Tensor,
+            slots: torch.Tensor,
+        ) -> None:
+            layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
+
+        k_map, v_map = probe_element_map(
+            write, spec.block_size, spec.head_size, spec.dtype
+        )
+        projection = make_projection(
+            spec.head_size, policy.hash_bits, policy.seed, policy.orthogonal
+        )
+        cpu.warm_up(np.dtype(f"u{spec.dtype.itemsize}"))
+        return cls(
+            projection=projection.numpy().ravel(),
+            k_map=k_map.astype(np.int32),
+            v_map=v_map.astype(np.int32),
+            rule=np.array(
+                [policy.sinks, policy.recent, policy.hash_source == "query"], np.int64
+            ),
+        )

@@ -1,0 +1,147 @@
+"""One layer's forward: write (evicting where full), attend, reduce.
+
+Mixed into the inner backend's implementation, whose own ``forward`` does the attention
+over the live slots and whose own cache-update op tells where elements of a page lie.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import AttentionLayer
+
+from hashevict_vllm.attention.metadata import BudgetedMetadata, Round
+from hashevict_vllm.cache.page import LayerPages
+from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.kernels import cpu
+
+def _raw(x: torch.Tensor) -> np.ndarray:
+    """The bits of a float tensor as unsigned integers, without a copy."""
+    bits = torch.int32 if x.element_size() == 4 else torch.int16
+    return x.contiguous().view(bits).numpy().view(f"u{x.element_size()}")
+
+
+class BudgetedImplMixin:
+    """Mixed into the inner implementation; `policy` is set on the subclass."""
+
+    policy: ResolvedKVPolicy
+    _pages: LayerPages | None = None
+    _pages_key: tuple[int, int] | None = None
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: BudgetedMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write, attend and reduce, round by round.
+
+        Args:
+            layer: The attention layer.
+            query: [T, Hq, D] after RoPE.
+            key: [T, Hkv, D] after RoPE.
+            value: [T, Hkv, D].
+            kv_cache: [B, Hkv, N, 2D], pages with a tail.
+            attn_metadata: The step's plan; None while vLLM profiles memory.
+            output: [T, Hq, D], written in place.
+            output_scale: As the inner backend.
+            output_block_scale: As the inner backend.
+
+        Returns:
+            ``output``.
+
+        """
+        if attn_metadata is None:
+            return output
+        pages = self._pages_of(kv_cache)
+        constants = attn_metadata.constants
+        block_table = attn_metadata.block_table
+        raw_q, raw_k, raw_v = _raw(query), _raw(key), _raw(value)
+        for step in attn_metadata.rounds:
+            cpu.write_tokens(
+                pages.elements,
+                pages.tail,
+                raw_q,
+                raw_k,
+                raw_v,
+                step.token_rows,
+                step.positions,
+                step.slots,
+                step.evict,
+                step.requests,
+                block_table,
+                constants.projection,
+                constants.k_map,
+                constants.v_map,
+                pages.kernel_geometry,
+                constants.rule,
+            )
+            self._attend(layer, query, key, value, kv_cache, step, output)
+            if len(step.replay):
+                cpu.replay_segments(
+                    pages.elements,
+                    pages.tail,
+                    raw_q,
+                    step.replay,
+                    block_table,
+                    constants.projection,
+                    constants.k_map,
+                    constants.v_map,
+                    pages.kernel_geometry,
+                    constants.rule,
+                    self.policy.budget,
+                )
+        return output
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: Round,
+        output: torch.Tensor,
+    ) -> None:
+        """The stock attention kernel over one round's rows."""
+        inner_forward = super().forward  # type: ignore[misc]
+        if step.rows is None:
+            inner_forward(layer, query, key, value, kv_cache, step.inner, output)
+        elif step.span is not None:
+            rows = step.span
+            inner_forward(
+                layer,
+                query[rows],
+                key[rows],
+                value[rows],
+                kv_cache,
+                step.inner,
+                output[rows],
+            )
+        else:
+            picked = query[step.rows]
+            result = torch.empty_like(picked)
+            inner_forward(
+                layer,
+                picked,
+                key[step.rows],
+                value[step.rows],
+                kv_cache,
+                step.inner,
+                result,
+            )
+            output[step.rows] = result
+
+    def _pages_of(self, kv_cache: torch.Tensor) -> LayerPages:
+        """Raw views of the layer's pages, made anew if vLLM has bound another cache."""
+        bound = (kv_cache.data_ptr(), kv_cache.shape[0])
+        if self._pages is None or self._pages_key != bound:
+            self._pages = LayerPages(kv_cache, self.policy.hash_bits)
+            self._pages_key = bound
+        return self._pages

@@ -1,0 +1,107 @@
+"""What each request appends, evicts and attends in one step, from token counts alone.
+
+No per-request state is kept on the worker: how many slots are in use after x tokens of a
+request with a prompt of P follows from x, P, the budget C and the segment S. That is why
+results do not depend on how the scheduler cuts a prompt (design 1.3).
+
+A chunk is cut into *pieces*; each is one append (or one eviction), one attention call
+and, if its segment overflows the budget, one replay. The i-th pieces of all requests of
+a step form a *round* and share one attention call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hashevict_vllm.config import ResolvedKVPolicy
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one request that attend together.
+
+    Attributes:
+        request: Row of the request in the batch.
+        start: Position of the first token.
+        count: Number of tokens.
+        row: Index of the first token in the step's q, k, v.
+        slot: Slot of the first token: live slots (and open scratch) lie below it. For
+            an evicting piece it equals C, and the token takes its victim's slot.
+        evict: The decode rule: one token, evict before attention.
+        compact: Reduce the live set to C afterwards (segment complete, or prompt over).
+
+    """
+
+    request: int
+    start: int
+    count: int
+    row: int
+    slot: int
+    evict: bool = False
+    compact: bool = False
+
+    @property
+    def live_after_write(self) -> int:
+        """Slots that the piece's last token attends to."""
+        return self.slot if self.evict else self.slot + self.count
+
+
+def occupied_slots(policy: ResolvedKVPolicy, num_tokens: int, prompt_len: int) -> int:
+    """Slots in use, live and open scratch, after ``num_tokens`` tokens."""
+    budget, segment = policy.budget, policy.segment
+    if num_tokens <= budget or num_tokens >= prompt_len or segment == 1:
+        return min(num_tokens, budget)
+    complete = num_tokens // segment * segment
+    return min(complete, budget) + num_tokens - complete
+
+
+def cut_chunk(
+    policy: ResolvedKVPolicy,
+    request: int,
+    row: int,
+    start: int,
+    end: int,
+    prompt_len: int,
+) -> Iterator[Piece]:
+    """Cut the chunk of positions [start, end) of one request into pieces.
+
+    Args:
+        policy: The resolved policy.
+        request: Row of the request in the batch.
+        row: Index of the chunk's first token in the step's q, k, v.
+        start: Tokens computed before the step.
+        end: Tokens computed after it.
+        prompt_len: Length of the original prompt; replayed output (after a preemption)
+            lies beyond it and follows the decode rule.
+
+    """
+    budget, segment = policy.budget, policy.segment
+    position = start
+    while position < end:
+        slot = occupied_slots(policy, position, prompt_len)
+        evict = compact = False
+        if position < prompt_len and segment > 1:
+            boundary = (position // segment + 1) * segment
+            if boundary <= budget:
+                # No reduction happens before the first boundary past the budget, so
+                # these segments are one piece, exactly what stock vLLM would do.
+                boundary = -(-budget // segment) * segment
+            boundary = min(boundary, prompt_len)
+            stop = min(end, boundary)
+            compact = stop == boundary and slot + stop - position > budget
+        elif position < budget:
+            stop = min(end, budget)
+        else:
+            stop = position + 1
+            evict = True
+        yield Piece(
+            request=request,
+            start=position,
+            count=stop - position,
+            row=row + position - start,
+            slot=slot,
+            evict=evict,
+            compact=compact,
+        )
+        position = stop

@@ -1,0 +1,1 @@
+"""State: how big a page is, where things lie in it, which blocks a request holds."""

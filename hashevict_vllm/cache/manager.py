@@ -1,0 +1,132 @@
+"""Blocks per request: what a budgeted request needs, and when scratch goes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+if TYPE_CHECKING:
+    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+
+
+class BudgetedAttentionManager(SingleTypeKVCacheManager):
+    """Bounds a request to C + S slots while its prompt is read, to C afterwards.
+
+    Lengths follow from token counts alone, as the worker's plan does
+    (`hashevict_vllm.attention.plan`): after x tokens of a prompt of P, at most
+    min(x, C + S) slots are in use; after the prompt, min(x, C). So the scratch is freed
+    once, when the last prompt token has been processed, and the table never grows past
+    ceil(C / N) again: the worker's append-only rows stay valid.
+    """
+
+    kv_cache_spec: BudgetedAttentionSpec
+
+    def __init__(self, kv_cache_spec: BudgetedAttentionSpec, **kwargs: Any) -> None:
+        """As the base class."""
+        super().__init__(kv_cache_spec, **kwargs)
+        self._prompt_len: dict[str, int] = {}
+        self._scratch_returned: set[str] = set()
+
+    def _required_blocks(self, request_id: str, num_tokens: int) -> int:
+        """Blocks a request needs to have ``num_tokens`` tokens computed."""
+        spec = self.kv_cache_spec
+        after = cdiv(min(num_tokens, spec.policy.budget), self.block_size)
+        if request_id in self._scratch_returned:
+            return after
+        # Before its first allocation a request's prompt length is not known here;
+        # then all its tokens count as prompt, which is never too little.
+        prompt = min(num_tokens, self._prompt_len.get(request_id, num_tokens))
+        return max(after, spec.prefill_blocks(prompt))
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Return the scratch once the whole prompt has been processed.
+
+        Called by ``KVCacheManager.allocate_slots`` before each allocation.
+
+        Args:
+            request_id: The request.
+            processed_computed_tokens: Tokens whose step has finished.
+            num_prompt_tokens: Length of the original prompt.
+
+        """
+        assert num_prompt_tokens is not None, "vLLM 0.32 passes the prompt length"
+        self._prompt_len[request_id] = num_prompt_tokens
+        if (
+            processed_computed_tokens < num_prompt_tokens
+            or request_id in self._scratch_returned
+        ):
+            return
+        self._scratch_returned.add(request_id)
+        blocks = self.req_to_blocks[request_id]
+        keep = self.kv_cache_spec.steady_blocks
+        scratch = blocks[keep:]
+        del blocks[keep:]
+        self.block_pool.free_blocks(reversed(scratch))
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks missing for ``num_tokens``; see the base class for the arguments."""
+        assert not new_computed_blocks, "budgeted blocks are never prefix-cache hits"
+        held = len(self.req_to_blocks.get(request_id, ()))
+        return max(self._required_blocks(request_id, num_tokens) - held, 0)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Give the request the blocks it lacks for ``num_tokens``."""
+        blocks = self.req_to_blocks[request_id]
+        missing = self._required_blocks(request_id, num_tokens) - len(blocks)
+        if missing <= 0:
+            return []
+        new_blocks = self.block_pool.get_new_blocks(missing)
+        blocks.extend(new_blocks)
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in new_blocks)
+        return new_blocks
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget the request (finished, aborted or preempted)."""
+        self._prompt_len.pop(request_id, None)
+        self._scratch_returned.discard(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    @property
+    def has_positionally_stable_blocks(self) -> bool:
+        """Slots are overwritten by later tokens."""
+        return False
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Never hits: prefix caching is refused with a budget."""
+        return tuple([] for _ in kv_cache_group_ids), 0

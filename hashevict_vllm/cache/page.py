@@ -1,0 +1,158 @@
+"""Where K, V, signature and position lie in a page.
+
+A page is one layer's share of one block. Stock K/V come first, in whatever order the
+inner backend's kernels want; the metadata of the block's slots follow in a tail that
+vLLM accounts for as page padding::
+
+    | K/V: H heads x N slots x 2D elements | tail: H x (W + 1) x N words of 32 bits |
+
+For each head the tail holds W rows of signature words and one row of positions, each row
+N slots long, so that a scan reads contiguous memory. Position of a slot that was evicted
+from a still open segment is stored as ``~position`` (design 1.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hashevict_vllm.kernels.projection import num_words
+
+WORD_BYTES = 4
+
+ELEMENT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""How kernels read raw K/V elements; see `hashevict_vllm.kernels.cpu`."""
+
+
+def tail_words_per_slot(hash_bits: int) -> int:
+    """32-bit words of metadata per (slot, KV head): the signature and the position."""
+    return num_words(hash_bits) + 1
+
+
+def tail_bytes(num_kv_heads: int, block_size: int, hash_bits: int) -> int:
+    """Bytes of a page's tail; proportional to the block size."""
+    return num_kv_heads * block_size * tail_words_per_slot(hash_bits) * WORD_BYTES
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """Sizes and strides of one layer's pages.
+
+    Attributes:
+        num_kv_heads: H on this rank.
+        block_size: N slots per block.
+        head_dim: D.
+        words: W signature words per slot.
+        element_size: Bytes of one K/V element.
+        block_stride: Bytes between the pages of consecutive blocks.
+
+    """
+
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    words: int
+    element_size: int
+    block_stride: int
+
+    @property
+    def head_elements(self) -> int:
+        """K/V elements of one (block, head): 2 N D."""
+        return 2 * self.block_size * self.head_dim
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes before the tail."""
+        return self.num_kv_heads * self.head_elements * self.element_size
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of K/V and tail."""
+        slots = self.num_kv_heads * self.block_size
+        return self.kv_bytes + slots * (self.words + 1) * WORD_BYTES
+
+
+class LayerPages:
+    """Raw views of one layer's KV cache, for kernels that address slots per head.
+
+    Attributes:
+        geometry: Sizes and strides.
+        elements: numpy unsigned integers of the K/V element size, 1-D, the layer's
+            whole region; block b starts at ``b * block_stride / element_size``.
+        tail: numpy int32, 1-D over the same bytes.
+        kernel_geometry: int64 [9], how `hashevict_vllm.kernels.cpu` addresses a slot:
+            H, N, D, W, element and word stride of a block, first tail word of a page,
+            element kind, b.
+
+    """
+
+    def __init__(self, kv_cache: torch.Tensor, hash_bits: int) -> None:
+        """View a layer's KV cache.
+
+        Args:
+            kv_cache: [B, H, N, 2D] as vLLM binds it: pages of stride
+                ``kv_cache.stride(0)``, dense inside.
+            hash_bits: b.
+
+        Raises:
+            ValueError: If the page has no room for the tail or is not dense inside.
+
+        """
+        num_blocks, heads, block_size, content = kv_cache.shape
+        size = kv_cache.element_size()
+        self.geometry = geometry = PageGeometry(
+            num_kv_heads=heads,
+            block_size=block_size,
+            head_dim=content // 2,
+            words=num_words(hash_bits),
+            element_size=size,
+            block_stride=kv_cache.stride(0) * size,
+        )
+        dense = (block_size * content, content, 1)
+        if kv_cache.stride()[1:] != dense:
+            raise ValueError(
+                "HashEvict needs head-major pages (layout LBHNC); got strides "
+                f"{kv_cache.stride()} for shape {tuple(kv_cache.shape)}."
+            )
+        if geometry.block_stride < geometry.page_bytes:
+            raise ValueError(
+                f"A page of {geometry.block_stride} bytes has no room for "
+                f"{geometry.page_bytes} bytes of K/V and metadata."
+            )
+        length = (num_blocks - 1) * geometry.block_stride + geometry.page_bytes
+        raw = torch.as_strided(
+            torch.empty(0, dtype=torch.uint8).set_(kv_cache.untyped_storage()),
+            (length,),
+            (1,),
+            kv_cache.storage_offset() * size,
+        ).numpy()
+        self.elements: np.ndarray = raw[: length // size * size].view(f"u{size}")
+        self.tail: np.ndarray = raw[: length // WORD_BYTES * WORD_BYTES].view(np.int32)
+        self.kernel_geometry = np.array(
+            [
+                heads,
+                block_size,
+                geometry.head_dim,
+                geometry.words,
+                geometry.block_stride // size,
+                geometry.block_stride // WORD_BYTES,
+                geometry.kv_bytes // WORD_BYTES,
+                ELEMENT_KINDS[kv_cache.dtype],
+                hash_bits,
+            ],
+            np.int64,
+        )
+
+    def tail_view(self) -> np.ndarray:
+        """The metadata as int32 [B, H, W + 1, N]; row W holds the positions."""
+        g = self.geometry
+        rows = g.words + 1
+        blocks = (len(self.tail) * WORD_BYTES - g.page_bytes) // g.block_stride + 1
+        item = WORD_BYTES
+        return np.lib.stride_tricks.as_strided(
+            self.tail[g.kv_bytes // WORD_BYTES :],
+            (blocks, g.num_kv_heads, rows, g.block_size),
+            (g.block_stride, rows * g.block_size * item, g.block_size * item, item),
+        )

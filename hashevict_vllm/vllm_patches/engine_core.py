@@ -1,0 +1,30 @@
+"""Patches `vllm.v1.engine.core`: the log says the capacity in plain words.
+
+Where: the name ``update_kv_cache_capacity`` in ``vllm/v1/engine/core.py``, which logs
+stock vLLM's own capacity line once per engine. Why then: the pool's size is final, and
+no request has been admitted.
+
+Upstream fix: let a spec describe its capacity in that line.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def apply() -> None:
+    """Patch once per process."""
+    from vllm.v1.engine import core
+
+    stock = core.update_kv_cache_capacity
+    if hasattr(stock, "hashevict_stock"):
+        return
+
+    def update_kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
+        stock(vllm_config, kv_cache_config)
+        from hashevict_vllm.cache.capacity import log_capacity
+
+        log_capacity(vllm_config, kv_cache_config)
+
+    update_kv_cache_capacity.hashevict_stock = stock  # type: ignore[attr-defined]
+    core.update_kv_cache_capacity = update_kv_cache_capacity

@@ -1,0 +1,43 @@
+"""Patches `GPUModelRunner` (V1, also the CPU's): prompt lengths reach the builders.
+
+Where: ``GPUModelRunner._build_attention_metadata`` in
+``vllm/v1/worker/gpu_model_runner.py``. It fills
+``CommonAttentionMetadata.rswa_prefix_lens`` with the prompt lengths for R-SWA models
+only; model runner V2 always does. Why then: the batch is final, and the lengths are
+needed by `hashevict_vllm.attention.metadata` during this call only.
+
+Upstream fix: fill the field always, as model runner V2 does.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+_PROMPT_LENS: ContextVar[torch.Tensor | None] = ContextVar("prompt_lens", default=None)
+
+
+def current_prompt_lens() -> torch.Tensor | None:
+    """Prompt lengths of the batch whose metadata is being built: int [max_num_reqs]."""
+    return _PROMPT_LENS.get()
+
+
+def apply() -> None:
+    """Patch once per process."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    stock = GPUModelRunner._build_attention_metadata
+    if hasattr(stock, "hashevict_stock"):
+        return
+
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _PROMPT_LENS.set(self.input_batch.num_prompt_tokens_cpu_tensor)
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            _PROMPT_LENS.reset(token)
+
+    _build_attention_metadata.hashevict_stock = stock  # type: ignore[attr-defined]
+    GPUModelRunner._build_attention_metadata = _build_attention_metadata
