@@ -1,1 +1,1 @@
-"""Tensor kernels of the policies: a float32 oracle and one module per device."""
+"""Tensor kernels of the policies, one module per device. They know no vLLM."""

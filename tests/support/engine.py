@@ -1,0 +1,67 @@
+"""The real vLLM engine, in this process: deterministic and quick to start."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+MAX_MODEL_LEN = 4096
+
+
+@contextlib.contextmanager
+def engine(
+    model: Path | str, policy: dict[str, Any] | None = None, **overrides: Any
+) -> Iterator[Any]:
+    """An `LLM` with the policy, float32 and one request at a time unless overridden."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from hashevict_vllm.config import kv_policy
+
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "block_size": 32,
+        "max_num_seqs": 1,
+        "kv_cache_memory_bytes": 64 << 20,
+        "disable_log_stats": True,
+    }
+    if policy is not None:
+        options["additional_config"] = kv_policy(**policy)
+    llm = LLM(str(model), **{**options, **overrides})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory(shutdown_ray=False)
+
+
+def greedy(llm: Any, prompts: Sequence[list[int]], tokens: int = 300) -> list[list[int]]:
+    """Greedy continuations of token-id prompts, all submitted at once."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def scheduler_of(llm: Any) -> Any:
+    """The engine's scheduler."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def runner_of(llm: Any) -> Any:
+    """The worker's model runner."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner

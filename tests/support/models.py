@@ -1,0 +1,65 @@
+"""Small random models on disk, made by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB = 512
+
+
+def make_llama(path: Path, **overrides: Any) -> Path:
+    """A random Llama; weights large enough that every cached token matters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": VOCAB,
+        "intermediate_size": 256,
+        "max_position_embeddings": 65536,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**options, **overrides})).save_pretrained(path)
+    return path
+
+
+def make_gemma3(path: Path) -> Path:
+    """A random Gemma-3-shaped model: sliding-window and full layers, 2 to 1."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=VOCAB,
+        intermediate_size=256,
+        sliding_window=64,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=8192,
+        initializer_range=0.3,
+        query_pre_attn_scalar=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    """Random token ids of the random models' vocabulary."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()

@@ -1,0 +1,81 @@
+"""The oracle model: transformers in float32, its attention replaced by `ReferenceLayer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hashevict_vllm.config import KVPolicyConfig, ResolvedKVPolicy
+from hashevict_vllm.policies.reference import ReferenceLayer
+from support.engine import MAX_MODEL_LEN
+
+_ATTENTION = "hashevict_reference"
+
+
+def resolve(policy: dict[str, Any], block_size: int = 32) -> ResolvedKVPolicy:
+    """The policy as the engine resolves it."""
+    options = {"name": "hashevict", **policy}
+    return KVPolicyConfig.from_dict(options).resolve(MAX_MODEL_LEN, block_size)
+
+
+class Oracle:
+    """Greedy decoding with a budgeted cache, one request, no blocks."""
+
+    def __init__(self, model: Path | str) -> None:
+        from transformers import AttentionInterface, AutoModelForCausalLM
+
+        AttentionInterface.register(_ATTENTION, self._attention)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.model.set_attn_implementation(_ATTENTION)
+        self.layers: dict[int, ReferenceLayer] = {}
+
+    def _attention(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        scaling: float,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self.layers[module.layer_idx].forward(q, k, v, scaling)[None], None
+
+    @torch.no_grad()
+    def greedy(
+        self, prompt: list[int], policy: ResolvedKVPolicy, tokens: int = 300
+    ) -> list[int]:
+        """Greedy continuation of one prompt."""
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        self.layers = {
+            index: ReferenceLayer(
+                policy, len(prompt), config.num_key_value_heads, head_dim
+            )
+            for index in range(config.num_hidden_layers)
+        }
+        step, position, output = torch.tensor([prompt]), 0, []
+        for _ in range(tokens):
+            length = step.shape[1]
+            # The AttentionInterface is one registry for all oracles of the process.
+            logits = self._forward(step, torch.arange(position, position + length))
+            position += length
+            output.append(int(logits.argmax()))
+            step = torch.tensor([[output[-1]]])
+        return output
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_ATTENTION, self._attention)
+        return self.model(
+            ids,
+            position_ids=positions[None],
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits[0, -1]
