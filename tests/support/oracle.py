@@ -30,6 +30,7 @@ class Oracle:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.model.set_attn_implementation(_ATTENTION)
         self.layers: dict[int, ReferenceLayer] = {}
+        self.noise = 0.0
 
     def _attention(
         self,
@@ -42,6 +43,8 @@ class Oracle:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if self.noise:
+            q, k, v = (x * (1 + self.noise * torch.randn_like(x)) for x in (q, k, v))
         return self.layers[module.layer_idx].forward(q, k, v, scaling)[None], None
 
     @torch.no_grad()
@@ -67,6 +70,26 @@ class Oracle:
             output.append(int(logits.argmax()))
             step = torch.tensor([[output[-1]]])
         return output
+
+    def is_stable(
+        self, prompt: list[int], policy: ResolvedKVPolicy, tokens: int = 300
+    ) -> bool:
+        """Whether rounding noise leaves the continuation as it is.
+
+        vLLM and transformers differ in q and k by some 2e-6 of their size in float32
+        (measured on prompt logprobs). A sign bit near zero may then flip, and where two
+        logits nearly tie, so may a token. Exact comparisons use prompts that five times
+        that noise does not change.
+        """
+        expected = self.greedy(prompt, policy, tokens)
+        self.noise = 1e-5
+        try:
+            torch.manual_seed(0)
+            return all(
+                self.greedy(prompt, policy, tokens) == expected for _ in range(2)
+            )
+        finally:
+            self.noise = 0.0
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         from transformers import AttentionInterface

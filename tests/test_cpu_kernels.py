@@ -1,0 +1,147 @@
+"""The numba kernels keep the same slots as the oracle, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.oracle import resolve
+from support.paged import POISON, PagedLayer
+
+from hashevict_vllm.kernels import cpu
+from hashevict_vllm.kernels.projection import make_projection, num_words
+from hashevict_vllm.kernels.signature import pack_bits, signature_bits
+from hashevict_vllm.policies.reference import ReferenceLayer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run(
+    policy: dict[str, Any],
+    prompts: list[int],
+    outputs: int,
+    chunk: int,
+    heads: int = 2,
+    group: int = 2,
+    head_dim: int = 32,
+    block_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Feed several requests in chunks; compare every request's live slots."""
+    torch.manual_seed(0)
+    resolved = resolve(policy, block_size)
+    totals = [prompt + outputs for prompt in prompts]
+    paged = PagedLayer(resolved, prompts, totals, heads, head_dim, block_size, dtype)
+    streams = [
+        tuple(
+            torch.randn(total, n, head_dim).to(dtype)
+            for n in (heads * group, heads, heads)
+        )
+        for total in totals
+    ]
+    while any(paged.computed[i] < totals[i] for i in range(len(prompts))):
+        step = []
+        for i, stream in enumerate(streams):
+            start = paged.computed[i]
+            size = chunk if start < prompts[i] else 1
+            end = min(start + size, max(prompts[i], start + 1), totals[i])
+            step.append(tuple(x[start:end] for x in stream))
+        paged.step(step)
+    for i, (q, k, v) in enumerate(streams):
+        oracle = ReferenceLayer(resolved, prompts[i], heads, head_dim)
+        oracle.forward(q[: prompts[i]], k[: prompts[i]], v[: prompts[i]], 1.0)
+        for t in range(prompts[i], totals[i]):
+            oracle.forward(q[t : t + 1], k[t : t + 1], v[t : t + 1], 1.0)
+        position, words, k_live, v_live = paged.live(i)
+        assert torch.equal(position.long(), oracle.slots.position)
+        assert torch.equal(words, pack_bits(oracle.slots.bits))
+        assert torch.equal(k_live.float(), oracle.slots.k)
+        assert torch.equal(v_live.float(), oracle.slots.v)
+    assert bool((paged.kv_cache[0].view(torch.uint8) == POISON).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+def test_kernels_equal_the_oracle_for_every_dtype_and_head_size(
+    dtype: torch.dtype, head_dim: int
+) -> None:
+    run(
+        {"budget": 80, "segment": 64, "recent": 10},
+        prompts=[150, 30, 90],
+        outputs=40,
+        chunk=50,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("hash_bits", [8, 12, 16, 24, 32, 64, 100, 128])
+@pytest.mark.parametrize("hash_source", ["query", "key"])
+def test_kernels_equal_the_oracle_for_every_signature_length(
+    hash_bits: int, hash_source: str
+) -> None:
+    run(
+        {
+            "budget": 80,
+            "segment": 64,
+            "hash_bits": hash_bits,
+            "hash_source": hash_source,
+            "orthogonal": hash_bits % 16 == 0,
+        },
+        prompts=[130],
+        outputs=60,
+        chunk=200,
+        group=3,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    budget=st.integers(40, 130),
+    segment=st.sampled_from([1, 32, 64, 96, "prompt"]),
+    sinks=st.integers(0, 4),
+    recent=st.integers(0, 4),
+    prompts=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    outputs=st.integers(0, 60),
+    chunk=st.integers(1, 300),
+    group=st.sampled_from([1, 2, 4]),
+)
+def test_kernels_equal_the_oracle_however_prompts_are_cut(
+    budget: int,
+    segment: int | str,
+    sinks: int,
+    recent: int,
+    prompts: list[int],
+    outputs: int,
+    chunk: int,
+    group: int,
+) -> None:
+    policy = {"budget": budget, "segment": segment, "sinks": sinks, "recent": recent}
+    run(policy, prompts, outputs, chunk, heads=1, group=group)
+
+
+def test_ties_go_to_the_oldest_position_not_to_the_lowest_slot() -> None:
+    resolved = resolve({"budget": 40, "segment": 32, "sinks": 0, "recent": 0})
+    paged = PagedLayer(resolved, [1], [200], 1, 32, 32, torch.float32)
+    same = torch.ones(1, 1, 32)
+    for _ in range(100):  # equal signatures: every eviction is a tie
+        paged.step([(same, same, same)])
+    position = paged.live(0)[0][0]
+    assert position.tolist() == list(range(60, 100))
+
+
+def test_signatures_equal_the_oracle_at_zero_and_for_extreme_values() -> None:
+    projection = make_projection(32, 64, 0, True)
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e30, 3.0]).repeat_interleave(32).view(5, 32)
+    for dtype in DTYPES:
+        rows = x.to(dtype)[:4] if dtype == torch.float16 else x.to(dtype)
+        words = np.zeros((len(rows), num_words(64)), np.int32)
+        dots = np.zeros(64, np.float32)
+        for row, out in zip(rows.float().nan_to_num(posinf=6e4, neginf=-6e4), words):
+            cpu._hash(row.numpy(), projection.numpy().ravel(), dots, out)
+        expected = pack_bits(signature_bits(rows.nan_to_num(), projection))
+        assert torch.equal(torch.from_numpy(words), expected)
