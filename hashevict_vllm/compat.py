@@ -187,6 +187,17 @@ def no_full_attention(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     )
 
 
+def mamba_hybrid(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
+    """Mamba pages are sized by the stock attention page (platforms/interface.py)."""
+    if not config.model_config.is_hybrid:
+        return None
+    return _of_model(
+        config,
+        "mixes attention with Mamba layers, whose state vLLM fits to the stock "
+        "attention page and not yet to one with signatures",
+    )
+
+
 def replay_window(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """R-SWA: ``ModelConfig.rswa_window`` (vllm/config/model.py)."""
     if config.model_config.rswa_window is None:
@@ -306,8 +317,14 @@ def context_parallel(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 def quantised_cache(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """``CacheConfig.cache_dtype``, also when it comes from the checkpoint."""
     dtype = config.cache_config.cache_dtype
-    if dtype in PLAIN_KV_DTYPES:
+    model_dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if dtype in ("auto", model_dtype):
         return None
+    if dtype in PLAIN_KV_DTYPES:
+        return (
+            f"--kv-cache-dtype: {dtype} differs from --dtype {model_dtype}, and a KV "
+            "policy stores keys and values as the model computes them; use auto."
+        )
     return (
         f"--kv-cache-dtype: {dtype} is quantised, and a KV policy can rewrite single "
         "slots of an unquantised cache only; use bfloat16."
@@ -374,6 +391,7 @@ RULES: tuple[Rule, ...] = (
     mla,
     attention_free,
     no_full_attention,
+    mamba_hybrid,
     replay_window,
     prefix_lm,
     alibi,

@@ -11,9 +11,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# One core per test process: the models are tiny, and two pools of spinning threads on
+# one core slow each other down tenfold. Servers that tests start do not inherit this.
+_CORES = sorted(os.sched_getaffinity(0))
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(_CORES[_WORKER % len(_CORES)])
+
 import pytest
+import torch
 from support.models import make_gemma3, make_llama
 from support.oracle import Oracle
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

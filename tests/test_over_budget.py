@@ -57,7 +57,22 @@ CASES = (
     ),
 )
 
-SEEDS: dict[str, tuple[int, ...]] = {}
+SEEDS: dict[str, tuple[int, ...]] = {
+    "budget a multiple of the block": (1, 0, 3, 4),
+    "budget off the block": (0, 1, 3, 15),
+    "large blocks": (0, 1, 8, 22),
+    "8 bits": (0, 0, 1, 1),
+    "paper": (0, 0, 0, 1),
+    "128 bits": (0, 1, 5, 15),
+    "reference": (0, 0, 0, 2),
+    "prompt held": (0, 1, 3, 3),
+    "prompt held, large blocks": (1, 0, 10, 3),
+    "no protection": (0, 1, 2, 16),
+    "token by token": (1, 0),
+    "one query head": (1, 0, 3, 2),
+    "one query head, reference": (0, 1, 1, 1),
+    "one query head, prompt held": (1, 0, 4, 8),
+}
 """Seeds of prompts whose continuation rounding noise leaves alone, per length; from
 ``python -m support.find_prompts``, which asks the oracle and not the engine."""
 

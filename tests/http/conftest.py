@@ -1,0 +1,48 @@
+"""One real server for the tests of this directory.
+
+There is no ``__init__.py`` here: a package named ``http`` in ``sys.path`` would hide the
+standard library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from support.server import Server, serve
+
+BUDGET = 1024
+MODEL = "smollm"
+LOG_LINES_SHOWN = 60
+
+
+@pytest.fixture(scope="module")
+def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """SmolLM2-135M-Instruct with a budget of `BUDGET` tokens and a pool of 1 GiB."""
+    flags = ["--kv-policy", "hashevict", "--kv-budget", str(BUDGET)]
+    flags += ["--served-model-name", MODEL, "--dtype", "bfloat16"]
+    flags += ["--max-model-len", "8192", "--enforce-eager"]
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    with serve(smollm, *flags, log_path=log_path) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[None]:
+    """Show the end of the server's log beside a failure."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and server is not None:
+        lines = server.log().splitlines()[-LOG_LINES_SHOWN:]
+        report.sections.append(("server log", "\n".join(lines)))
+    return report

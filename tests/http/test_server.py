@@ -1,0 +1,284 @@
+"""``vllm serve --kv-policy hashevict`` over HTTP, driven by the ``openai`` client."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from conftest import BUDGET, MODEL
+from support.server import server_env, vllm_command
+
+pytestmark = pytest.mark.http
+
+CITIES = "Lisbon Oslo Prague Vienna Dublin Athens Warsaw Madrid Bern Rome".split()
+COMMON_WORDS = set(
+    "the of and to a in is it that as for with are by from this be or an which".split()
+)
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Japan": "Tokyo",
+    "Egypt": "Cairo",
+}
+
+
+def facts(count, first=1):
+    """Numbered sentences of about 30 tokens each."""
+    return " ".join(
+        f"Fact {i}: on day {i} the train from {CITIES[i % 10]} to "
+        f"{CITIES[(3 * i + 1) % 10]} carried {100 + 37 * i % 400} passengers and "
+        f"{5 + 13 * i % 60} parcels of mail."
+        for i in range(first, first + count)
+    )
+
+
+def complete(client, prompt, tokens, **options):
+    """A greedy completion of exactly ``tokens`` tokens unless told otherwise."""
+    exactly = {"ignore_eos": True, "min_tokens": tokens}
+    options = {"temperature": 0, "extra_body": exactly, **options}
+    return client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=tokens, **options
+    )
+
+
+def chat(client, question, tokens, **options):
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=tokens,
+        **{"temperature": 0, **options},
+    )
+
+
+def assert_fluent(text):
+    """English words, enough of them distinct, and among them the commonest ones."""
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    assert len(words) >= 30, text
+    assert len(set(words)) >= 0.4 * len(words), text
+    assert sum(word.isascii() for word in words) >= 0.95 * len(words), text
+    assert sum(word in COMMON_WORDS for word in words) >= 0.15 * len(words), text
+
+
+# -- refused starts --------------------------------------------------------------
+
+REFUSED = {
+    "no budget": (
+        ("--kv-policy", "hashevict"),
+        "vllm: error: --kv-budget: is required with --kv-policy hashevict: tokens per "
+        "KV head, or a share of max_model_len such as 25%.",
+    ),
+    "tiny budget": (
+        ("--kv-policy", "hashevict", "--kv-budget", "10"),
+        "vllm: error: --kv-budget: 10 tokens is smaller than sinks + recent + one "
+        "block (4 + 2 + 128 = 134).",
+    ),
+    "unknown policy": (
+        ("--kv-policy", "hashevit", "--kv-budget", "1024"),
+        "vllm serve: error: argument --kv-policy: invalid choice: 'hashevit' (choose "
+        "from 'full', 'hashevict')",
+    ),
+    "prefix caching": (
+        (
+            *("--kv-policy", "hashevict", "--kv-budget", "1024"),
+            "--enable-prefix-caching",
+        ),
+        "vllm: error: --enable-prefix-caching: blocks of a bounded cache hold different "
+        "tokens for every request and cannot be shared; drop the flag or use "
+        "--kv-policy full.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refused_starts(smollm):
+    """The `REFUSED` commands, run side by side: each is busy importing for seconds."""
+
+    def start(flags):
+        return subprocess.run(
+            [vllm_command(), "serve", str(smollm), *flags],
+            env=server_env(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(start, [flags for flags, _ in REFUSED.values()])
+        return dict(zip(REFUSED, results, strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_flags_end_the_start_with_one_sentence(name, refused_starts):
+    result = refused_starts[name]
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == REFUSED[name][1]
+    assert "Traceback" not in result.stderr
+
+
+# -- the log ---------------------------------------------------------------------
+
+
+def test_the_log_says_what_the_budget_buys(server):
+    sentence = re.search(r"KV budget: .*", server.log())
+    assert sentence
+    assert sentence[0].startswith(
+        f"KV budget: {BUDGET} tokens per KV head. A request holds at most 8 blocks"
+    )
+    assert "requests of any length at once" in sentence[0]
+
+
+def test_prefix_caching_is_switched_off_with_one_line(server):
+    assert server.log().count("Prefix caching is off: ") == 1
+
+
+# -- the API ---------------------------------------------------------------------
+
+
+def test_chat_answers_a_question(client):
+    answer = chat(client, "What is the capital of France?", 32)
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_completions_continue_a_prompt(client):
+    answer = complete(client, "The capital of France is", 8)
+    assert answer.choices[0].text.startswith(" Paris")
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 8
+
+
+def test_a_stream_joins_to_the_text_of_one_piece_also_past_the_budget(client):
+    prompt = facts(30)
+    whole = complete(client, prompt, 64)
+    assert whole.usage.prompt_tokens < BUDGET < whole.usage.total_tokens
+    chunks = list(complete(client, prompt, 64, stream=True))
+    assert len(chunks) > 30
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+
+
+def test_n_gives_as_many_different_answers(client):
+    answer = complete(client, "Once upon a time", 24, n=2, temperature=1, seed=1)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    first, second = (choice.text for choice in answer.choices)
+    assert first != second
+
+
+def test_logprobs_name_the_greedy_token_first(client):
+    # vLLM compiles a kernel for the first one: half a minute on a fresh machine.
+    answer = chat(client, "Name a colour.", 8, logprobs=True, top_logprobs=3)
+    tokens = answer.choices[0].logprobs.content
+    assert tokens
+    for token in tokens:
+        likely = [alternative.logprob for alternative in token.top_logprobs]
+        assert len(likely) == 3
+        assert likely == sorted(likely, reverse=True)
+        assert token.logprob == likely[0]
+        assert -10 < likely[0] <= 0
+
+
+def test_prompt_logprobs_cover_a_prompt_longer_than_the_budget(client):
+    options = {"extra_body": {"prompt_logprobs": 0}}
+    answer = complete(client, facts(45), 1, **options)
+    first, *others = answer.choices[0].prompt_logprobs
+    assert first is None
+    assert len(others) == answer.usage.prompt_tokens - 1 > BUDGET
+    logprobs = [next(iter(token.values()))["logprob"] for token in others]
+    assert all(math.isfinite(logprob) for logprob in logprobs)
+    # The sentences are alike, so a model that still sees some of them guesses well.
+    beyond = logprobs[BUDGET:]
+    print(f"mean logprob beyond the budget: {sum(beyond) / len(beyond):.2f}")
+    assert sum(beyond) / len(beyond) > -1
+
+
+def test_a_stop_string_ends_the_text_before_it(client):
+    answer = complete(client, "1, 2, 3, 4,", 32, stop=["8"], extra_body={})
+    assert answer.choices[0].text == " 5, 6, 7, "
+    assert answer.choices[0].finish_reason == "stop"
+
+
+# -- bad luck --------------------------------------------------------------------
+
+
+def test_a_stream_that_is_closed_gives_its_blocks_back(server, client):
+    stream = complete(client, facts(10), 4000, stream=True)
+    for _ in range(5):
+        next(stream)
+    assert server.metric("num_requests_running") == 1
+    stream.close()
+    server.wait_until_idle()
+    assert chat(client, "What is the capital of France?", 16).choices
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read_gives_its_blocks_back(server):
+    with server.client(timeout=3) as hasty, pytest.raises(openai.APITimeoutError):
+        complete(hasty, facts(200), 2000)
+    server.wait_until_idle()
+    with server.client() as client:
+        assert chat(client, "What is the capital of France?", 16).choices
+
+
+def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, client):
+    prompt = facts(31)
+    alone = complete(client, prompt, 96).choices[0].text
+
+    neighbour = complete(client, prompt, 96, stream=True)
+    text = next(neighbour).choices[0].text
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="nobody", prompt="Hello")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        complete(client, "Hello", -1, extra_body={})
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 8192"):
+        complete(client, [1] * 9000, 1, extra_body={})
+    broken = httpx.post(
+        f"{server.url}/v1/completions",
+        content=b'{"model":',
+        headers={"Content-Type": "application/json"},
+    )
+    assert broken.status_code == 400
+    assert "JSON" in broken.json()["error"]["message"]
+    assert server.metric("num_requests_running") == 1
+    text += "".join(chunk.choices[0].text for chunk in neighbour)
+    assert text == alone
+
+
+# -- load ------------------------------------------------------------------------
+
+
+def test_a_prompt_of_6000_tokens_is_answered_in_fluent_text(client):
+    question = f"{facts(199)}\n\nExplain how photosynthesis works."
+    answer = chat(client, question, 80)
+    text = answer.choices[0].message.content
+    print(f"\n{answer.usage.prompt_tokens} tokens -> {text}")
+    assert 6000 <= answer.usage.prompt_tokens < 6200
+    assert_fluent(text)
+    assert "plants" in text.lower()
+
+
+def test_32_requests_are_served_at_once_though_half_outgrow_the_budget(server, client):
+    def long_one(number):
+        return complete(client, facts(30, first=30 * number), 128)
+
+    def short_one(country):
+        return complete(client, f"The capital of {country} is", 48)
+
+    countries = list(CAPITALS) * 4
+    with ThreadPoolExecutor(32) as pool:
+        long_ones = [pool.submit(long_one, number) for number in range(16)]
+        short_ones = [pool.submit(short_one, country) for country in countries]
+        answers = [future.result() for future in long_ones]
+        short_answers = [future.result() for future in short_ones]
+
+    for answer in answers:
+        assert answer.usage.completion_tokens == 128
+        assert answer.usage.total_tokens > BUDGET
+        assert "passengers and" in answer.choices[0].text
+    for country, answer in zip(countries, short_answers, strict=True):
+        assert answer.usage.completion_tokens == 48
+        assert CAPITALS[country] in answer.choices[0].text
+    server.wait_until_idle()

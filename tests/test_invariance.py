@@ -1,0 +1,108 @@
+"""Results do not depend on chunking, neighbours, pool size, ranks or compilation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.engine import engine, greedy, scheduler_of
+from support.models import random_prompt
+from support.oracle import Oracle, resolve
+
+from test_over_budget import SEEDS
+
+CASE, POLICY = "budget off the block", {"budget": 201, "segment": 64}
+LENGTHS = (20, 150, 333, 700)
+PROMPTS = [random_prompt(n, s) for n, s in zip(LENGTHS, SEEDS[CASE])]
+
+
+@pytest.fixture(scope="module")
+def expected(llama_oracle: Oracle) -> list[list[int]]:
+    policy = resolve(POLICY)
+    return [llama_oracle.greedy(prompt, policy) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [64, 100, 256, 512, 2048])
+def test_outputs_do_not_depend_on_how_the_prompt_is_chunked(
+    max_num_batched_tokens: int, llama: Path, expected: list[list[int]]
+) -> None:
+    with engine(
+        llama, POLICY, max_num_batched_tokens=max_num_batched_tokens
+    ) as llm:
+        assert greedy(llm, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [256, 2048])
+def test_outputs_do_not_depend_on_eight_neighbours(
+    max_num_batched_tokens: int, llama: Path, expected: list[list[int]]
+) -> None:
+    neighbours = [random_prompt(n, 7) for n in (400, 30, 250, 90, 600)]
+    mixed = [*neighbours[:2], *PROMPTS, *neighbours[2:]]
+    with engine(
+        llama, POLICY, max_num_seqs=9, max_num_batched_tokens=max_num_batched_tokens
+    ) as llm:
+        assert greedy(llm, mixed)[2:6] == expected
+
+
+def test_preempted_requests_replay_to_the_same_tokens(
+    llama: Path, expected: list[list[int]]
+) -> None:
+    # 201 tokens are 7 blocks; the 19 usable blocks of the pool hold two and a half
+    # requests, so four at once must preempt each other, in prompt and in output.
+    with engine(llama, POLICY, max_num_seqs=4, num_gpu_blocks_override=20) as llm:
+        preempted = count_preemptions(llm)
+        assert greedy(llm, PROMPTS) == expected
+    assert sum(preempted.values()) > 0
+    assert max(preempted.values()) < 50
+
+
+def count_preemptions(llm: Any) -> dict[str, int]:
+    """Count per request from now on."""
+    scheduler, counts = scheduler_of(llm), {}
+    stock = scheduler._preempt_request
+
+    def preempt(request: Any, *args: Any, **kwargs: Any) -> None:
+        counts[request.request_id] = counts.get(request.request_id, 0) + 1
+        stock(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    return counts
+
+
+def generate_in_subprocess(
+    model: Path, env: dict[str, str], **options: Any
+) -> list[list[int]]:
+    """Greedy tokens from a fresh process, with vLLM's own worker processes."""
+    job = {"model": str(model), "policy": POLICY, "prompts": PROMPTS, "options": options}
+    support = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "support.generate"],
+        input=json.dumps(job),
+        env={**os.environ, "PYTHONPATH": support, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_tensor_parallel_ranks_give_the_same_tokens(
+    llama: Path, expected: list[list[int]]
+) -> None:
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    assert generate_in_subprocess(llama, env, tensor_parallel_size=2) == expected
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_tokens(
+    llama: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    env = {"VLLM_CACHE_ROOT": str(tmp_path)}
+    assert generate_in_subprocess(llama, env, enforce_eager=False) == expected
