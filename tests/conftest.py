@@ -17,10 +17,10 @@ _CORES = sorted(os.sched_getaffinity(0))
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(_CORES[_WORKER % len(_CORES)])
 
-import pytest
-import torch
-from support.models import make_gemma3, make_llama
-from support.oracle import Oracle
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from support.models import make_gemma3, make_llama  # noqa: E402
+from support.oracle import Oracle  # noqa: E402
 
 torch.set_num_threads(1)
 

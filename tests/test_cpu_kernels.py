@@ -141,7 +141,8 @@ def test_signatures_equal_the_oracle_at_zero_and_for_extreme_values() -> None:
         rows = x.to(dtype)[:4] if dtype == torch.float16 else x.to(dtype)
         words = np.zeros((len(rows), num_words(64)), np.int32)
         dots = np.zeros(64, np.float32)
-        for row, out in zip(rows.float().nan_to_num(posinf=6e4, neginf=-6e4), words):
+        floats = rows.float().nan_to_num(posinf=6e4, neginf=-6e4)
+        for row, out in zip(floats, words, strict=True):
             cpu._hash(row.numpy(), projection.numpy().ravel(), dots, out)
         expected = pack_bits(signature_bits(rows.nan_to_num(), projection))
         assert torch.equal(torch.from_numpy(words), expected)

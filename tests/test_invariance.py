@@ -13,12 +13,11 @@ import pytest
 from support.engine import engine, greedy, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
-
 from test_over_budget import SEEDS
 
 CASE, POLICY = "budget off the block", {"budget": 201, "segment": 64}
 LENGTHS = (20, 150, 333, 700)
-PROMPTS = [random_prompt(n, s) for n, s in zip(LENGTHS, SEEDS[CASE])]
+PROMPTS = [random_prompt(n, s) for n, s in zip(LENGTHS, SEEDS[CASE], strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,7 @@ def expected(llama_oracle: Oracle) -> list[list[int]]:
 def test_outputs_do_not_depend_on_how_the_prompt_is_chunked(
     max_num_batched_tokens: int, llama: Path, expected: list[list[int]]
 ) -> None:
-    with engine(
-        llama, POLICY, max_num_batched_tokens=max_num_batched_tokens
-    ) as llm:
+    with engine(llama, POLICY, max_num_batched_tokens=max_num_batched_tokens) as llm:
         assert greedy(llm, PROMPTS) == expected
 
 
@@ -78,7 +75,12 @@ def generate_in_subprocess(
     model: Path, env: dict[str, str], **options: Any
 ) -> list[list[int]]:
     """Greedy tokens from a fresh process, with vLLM's own worker processes."""
-    job = {"model": str(model), "policy": POLICY, "prompts": PROMPTS, "options": options}
+    job = {
+        "model": str(model),
+        "policy": POLICY,
+        "prompts": PROMPTS,
+        "options": options,
+    }
     support = str(Path(__file__).parent)
     done = subprocess.run(
         [sys.executable, "-m", "support.generate"],

@@ -83,7 +83,8 @@ def test_the_engine_equals_the_oracle(
 ) -> None:
     model: Path = request.getfixturevalue(case.model)
     oracle: Oracle = request.getfixturevalue(f"{case.model}_oracle")
-    prompts = [random_prompt(n, s) for n, s in zip(case.lengths, SEEDS[case.name])]
+    seeds = zip(case.lengths, SEEDS[case.name], strict=True)
+    prompts = [random_prompt(length, seed) for length, seed in seeds]
     policy = resolve(case.policy, case.block_size)
     expected = [oracle.greedy(prompt, policy) for prompt in prompts]
     with engine(model, case.policy, block_size=case.block_size) as llm:

@@ -1,4 +1,4 @@
-"""Wraps a stock attention backend: budgeted spec, planned metadata, evicting forward."""
+"""Wraps a stock attention backend: budgeted spec, planned steps, evicting forward."""
 
 from __future__ import annotations
 

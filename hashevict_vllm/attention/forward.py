@@ -17,6 +17,7 @@ from hashevict_vllm.cache.page import LayerPages
 from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 
+
 def _raw(x: torch.Tensor) -> np.ndarray:
     """The bits of a float tensor as unsigned integers, without a copy."""
     bits = torch.int32 if x.element_size() == 4 else torch.int16

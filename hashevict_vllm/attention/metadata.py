@@ -148,7 +148,9 @@ class BudgetedMetadataBuilderMixin:
                     prompt_len=prompt_len,
                 )
             )
-            for request, prompt_len in enumerate(prompt_lens[: common.num_reqs].tolist())
+            for request, prompt_len in enumerate(
+                prompt_lens[: common.num_reqs].tolist()
+            )
         ]
         by_round = [
             [piece for piece in pieces if piece is not None]

@@ -1,8 +1,8 @@
 """What each request appends, evicts and attends in one step, from token counts alone.
 
-No per-request state is kept on the worker: how many slots are in use after x tokens of a
-request with a prompt of P follows from x, P, the budget C and the segment S. That is why
-results do not depend on how the scheduler cuts a prompt (design 1.3).
+No per-request state is kept on the worker: how many slots are in use after x tokens of
+a request with a prompt of P follows from x, P, the budget C and the segment S. That is
+why results do not depend on how the scheduler cuts a prompt (design 1.3).
 
 A chunk is cut into *pieces*; each is one append (or one eviction), one attention call
 and, if its segment overflows the budget, one replay. The i-th pieces of all requests of

@@ -6,9 +6,9 @@ vLLM accounts for as page padding::
 
     | K/V: H heads x N slots x 2D elements | tail: H x (W + 1) x N words of 32 bits |
 
-For each head the tail holds W rows of signature words and one row of positions, each row
-N slots long, so that a scan reads contiguous memory. Position of a slot that was evicted
-from a still open segment is stored as ``~position`` (design 1.3).
+For each head the tail holds W rows of signature words and one row of positions, each
+row N slots long, so that a scan reads contiguous memory. Position of a slot that was
+evicted while its segment is still open is stored as ``~position`` (design 1.3).
 """
 
 from __future__ import annotations

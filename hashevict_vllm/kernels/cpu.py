@@ -1,9 +1,9 @@
 """numba kernels: fused hash + scan + write, and the replay that reduces a segment.
 
-They address slots of one KV head inside vLLM's pages (see `hashevict_vllm.cache.page`).
+They address slots of one KV head inside vLLM's pages (`hashevict_vllm.cache.page`).
 Inner loops run over slices, as a signed scalar index costs numba a wrap-around test per
-element. They run on one thread: a second thread pool beside the attention kernels' OpenMP
-one makes each wait for the other's spinning threads (20 times slower steps were seen).
+element. They run on one thread: beside the attention kernels' OpenMP pool a second one
+makes each wait for the other's spinning threads (20 times slower steps were seen).
 """
 
 from __future__ import annotations
@@ -55,17 +55,26 @@ def _load(raw, kind, out):
 def _hash(x, projection, dots, words):
     """Signature of x [D]: bit j is ``x . r_j >= 0``, packed into ``words`` [W].
 
-    ``projection`` is R, row-major and flat; ``dots`` [b] is scratch. Eight rows of R at a
-    time halve the time of one by one, as 1-D slices do of 2-D indexing.
+    ``projection`` is R, row-major and flat; ``dots`` [b] is scratch. Eight rows of R at
+    a time halve the time of one by one, as 1-D slices do of 2-D indexing.
     """
     b = len(dots)
     dots[:] = np.float32(0)
     for d in range(0, len(x), 8):
         at = d * b
         r0, r1 = projection[at : at + b], projection[at + b : at + 2 * b]
-        r2, r3 = projection[at + 2 * b : at + 3 * b], projection[at + 3 * b : at + 4 * b]
-        r4, r5 = projection[at + 4 * b : at + 5 * b], projection[at + 5 * b : at + 6 * b]
-        r6, r7 = projection[at + 6 * b : at + 7 * b], projection[at + 7 * b : at + 8 * b]
+        r2, r3 = (
+            projection[at + 2 * b : at + 3 * b],
+            projection[at + 3 * b : at + 4 * b],
+        )
+        r4, r5 = (
+            projection[at + 4 * b : at + 5 * b],
+            projection[at + 5 * b : at + 6 * b],
+        )
+        r6, r7 = (
+            projection[at + 6 * b : at + 7 * b],
+            projection[at + 7 * b : at + 8 * b],
+        )
         x0, x1, x2, x3 = x[d], x[d + 1], x[d + 2], x[d + 3]
         x4, x5, x6, x7 = x[d + 4], x[d + 5], x[d + 6], x[d + 7]
         for j in range(b):
@@ -81,6 +90,21 @@ def _hash(x, projection, dots, words):
 
 
 @njit(inline="always")
+def _tail_of(blocks, slot, head, geometry):
+    """First tail word of the (block, head) that holds a slot."""
+    block = np.int64(blocks[slot // geometry[1]])
+    rows = (geometry[3] + 1) * geometry[1]
+    return block * geometry[5] + geometry[6] + head * rows
+
+
+@njit(inline="always")
+def _elements_of(blocks, slot, head, geometry):
+    """First K/V element of the (block, head) that holds a slot."""
+    block = np.int64(blocks[slot // geometry[1]])
+    return block * geometry[4] + head * 2 * geometry[1] * geometry[2]
+
+
+@njit(inline="always")
 def _find_victim(
     tail, blocks, num_slots, head, sources, lowest, highest, geometry, distance
 ):
@@ -89,11 +113,11 @@ def _find_victim(
     ``sources`` int32 [G, W] are the signatures compared with; only positions in
     [lowest, highest] may be evicted, which also leaves out slots marked ``~position``.
     """
-    block_size, words, stride, first = geometry[1], geometry[3], geometry[5], geometry[6]
+    block_size, words = geometry[1], geometry[3]
     best, best_position, best_block = np.int32(-1), _INT32_MAX, 0
     for j in range((num_slots + block_size - 1) // block_size):
         count = min(block_size, num_slots - j * block_size)
-        base = blocks[j] * stride + first + head * (words + 1) * block_size
+        base = _tail_of(blocks, j * block_size, head, geometry)
         dist = distance[:count]
         dist[:] = np.int32(0)
         for w in range(words):
@@ -116,8 +140,8 @@ def _find_victim(
                 oldest = min(oldest, position[i] if dist[i] == top else _INT32_MAX)
             if top > best or oldest < best_position:
                 best, best_position, best_block = top, oldest, j
-    start = blocks[best_block] * stride + first
-    start += (head * (words + 1) + words) * block_size
+    start = _tail_of(blocks, best_block * block_size, head, geometry)
+    start += words * block_size
     position = tail[start : start + block_size]
     for i in range(block_size):
         if position[i] == best_position:
@@ -203,20 +227,83 @@ def write_tokens(
                 geometry,
                 distance,
             )
-        block = np.int64(blocks[slot // block_size])
         offset = slot % block_size
-        start = block * geometry[4] + head * 2 * block_size * dim
+        start = _elements_of(blocks, slot, head, geometry)
         page = elements[start : start + 2 * block_size * dim]
         key, value = k[row, head], v[row, head]
         key_at, value_at = k_map[offset], v_map[offset]
         for d in range(dim):
             page[key_at[d]] = key[d]
             page[value_at[d]] = value[d]
-        start = block * geometry[5] + geometry[6] + head * (words + 1) * block_size
+        start = _tail_of(blocks, slot, head, geometry)
         meta = tail[start : start + (words + 1) * block_size]
         for w in range(words):
             meta[w * block_size + offset] = signature[w]
         meta[words * block_size + offset] = positions[n]
+
+
+@njit(inline="always")
+def _replay_head(tail, q, piece, blocks, head, projection, geometry, rule, budget):
+    """Mark, for one (piece, KV head), the victims of the tokens beyond the budget."""
+    block_size, dim, words = geometry[1], geometry[2], geometry[3]
+    group = q.shape[1] // geometry[0]
+    first_slot, count = np.int64(piece[4]), np.int64(piece[2])
+    distance = np.empty(block_size, np.int32)
+    x = np.empty(dim, np.float32)
+    dots = np.empty(geometry[8], np.float32)
+    sources = np.empty((group if rule[2] else 1, words), np.int32)
+    for i in range(max(budget - first_slot, 0), count):
+        slot = first_slot + i
+        if rule[2]:
+            for g in range(group):
+                _load(q[piece[3] + i, head * group + g], geometry[7], x)
+                _hash(x, projection, dots, sources[g])
+        else:
+            at = _tail_of(blocks, slot, head, geometry) + slot % block_size
+            for w in range(words):
+                sources[0, w] = tail[at + w * block_size]
+        victim = _find_victim(
+            tail,
+            blocks,
+            slot,
+            head,
+            sources,
+            np.int32(rule[0]),
+            np.int32(piece[1] + i - 1 - rule[1]),
+            geometry,
+            distance,
+        )
+        at = _tail_of(blocks, victim, head, geometry)
+        at += words * block_size + victim % block_size
+        tail[at] = ~tail[at]
+
+
+@njit(inline="always")
+def _compact_head(elements, tail, end, blocks, head, k_map, v_map, geometry, budget):
+    """Move survivors in slots [budget, end) into the marked slots, in slot order."""
+    block_size, dim, words = geometry[1], geometry[2], geometry[3]
+    rows, size = (words + 1) * block_size, 2 * block_size * dim
+    hole = np.int64(-1)
+    for slot in range(budget, end):
+        at = _tail_of(blocks, slot, head, geometry)
+        source_meta, offset = tail[at : at + rows], slot % block_size
+        if source_meta[words * block_size + offset] < 0:
+            continue
+        position = np.int32(0)
+        while position >= 0:
+            hole += 1
+            at = _tail_of(blocks, hole, head, geometry)
+            position = tail[at + words * block_size + hole % block_size]
+        target_meta, target_offset = tail[at : at + rows], hole % block_size
+        for w in range(0, rows, block_size):
+            target_meta[w + target_offset] = source_meta[w + offset]
+        at = _elements_of(blocks, slot, head, geometry)
+        source = elements[at : at + size]
+        at = _elements_of(blocks, hole, head, geometry)
+        target = elements[at : at + size]
+        for d in range(dim):
+            target[k_map[target_offset, d]] = source[k_map[offset, d]]
+            target[v_map[target_offset, d]] = source[v_map[offset, d]]
 
 
 @njit(nogil=True, cache=True)
@@ -253,75 +340,16 @@ def replay_segments(
         budget: C.
 
     """
-    heads, block_size, dim, words = geometry[0], geometry[1], geometry[2], geometry[3]
-    group = q.shape[1] // heads
-    rows_per_head = (words + 1) * block_size
+    heads = geometry[0]
     for task in range(len(pieces) * heads):
-        piece = pieces[task // heads]
-        head = task % heads
+        piece, head = pieces[task // heads], task % heads
         blocks = block_table[piece[0]]
-        first_slot, count = np.int64(piece[4]), np.int64(piece[2])
-        distance = np.empty(block_size, np.int32)
-        x = np.empty(dim, np.float32)
-        dots = np.empty(geometry[8], np.float32)
-        sources = np.empty((group if rule[2] else 1, words), np.int32)
-        for i in range(max(budget - first_slot, 0), count):
-            slot = first_slot + i
-            if rule[2]:
-                for g in range(group):
-                    _load(q[piece[3] + i, head * group + g], geometry[7], x)
-                    _hash(x, projection, dots, sources[g])
-            else:
-                block = np.int64(blocks[slot // block_size])
-                at = block * geometry[5] + geometry[6] + head * rows_per_head
-                at += slot % block_size
-                for w in range(words):
-                    sources[0, w] = tail[at + w * block_size]
-            victim = _find_victim(
-                tail,
-                blocks,
-                slot,
-                head,
-                sources,
-                np.int32(rule[0]),
-                np.int32(piece[1] + i - 1 - rule[1]),
-                geometry,
-                distance,
+        _replay_head(tail, q, piece, blocks, head, projection, geometry, rule, budget)
+        if piece[5]:
+            end = np.int64(piece[4]) + np.int64(piece[2])
+            _compact_head(
+                elements, tail, end, blocks, head, k_map, v_map, geometry, budget
             )
-            block = np.int64(blocks[victim // block_size])
-            at = block * geometry[5] + geometry[6] + head * rows_per_head
-            at += words * block_size + victim % block_size
-            tail[at] = ~tail[at]
-        if piece[5] == 0:
-            continue
-        hole = -1
-        for slot in range(budget, first_slot + count):
-            block = np.int64(blocks[slot // block_size])
-            offset = slot % block_size
-            at = block * geometry[5] + geometry[6] + head * rows_per_head
-            source_meta = tail[at : at + rows_per_head]
-            if source_meta[words * block_size + offset] < 0:
-                continue
-            position = np.int32(0)
-            while position >= 0:
-                hole += 1
-                hole_block = np.int64(blocks[hole // block_size])
-                hole_offset = hole % block_size
-                at = hole_block * geometry[5] + geometry[6] + head * rows_per_head
-                position = tail[at + words * block_size + hole_offset]
-            target_meta = tail[at : at + rows_per_head]
-            for w in range(words + 1):
-                target_meta[w * block_size + hole_offset] = source_meta[
-                    w * block_size + offset
-                ]
-            size = 2 * block_size * dim
-            at = block * geometry[4] + head * size
-            source = elements[at : at + size]
-            at = hole_block * geometry[4] + head * size
-            target = elements[at : at + size]
-            for d in range(dim):
-                target[k_map[hole_offset, d]] = source[k_map[offset, d]]
-                target[v_map[hole_offset, d]] = source[v_map[offset, d]]
 
 
 def warm_up(dtype: np.dtype) -> None:

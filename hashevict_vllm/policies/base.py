@@ -41,7 +41,9 @@ class LiveSlots:
         return LiveSlots(
             *(
                 torch.cat([mine, theirs], dim=1)
-                for mine, theirs in zip(vars(self).values(), vars(other).values())
+                for mine, theirs in zip(
+                    vars(self).values(), vars(other).values(), strict=True
+                )
             )
         )
 

@@ -1,8 +1,8 @@
 """The float32 oracle: short, obviously right torch code for a budgeted layer.
 
 Every kernel and the served engine are tested against this file. It keeps the live slots
-of one layer of one request in order of arrival and knows nothing of blocks, pages, slots
-or chunks. Nothing here is fast.
+of one layer of one request in order of arrival and knows nothing of blocks, pages or
+chunks. Nothing here is fast.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ class ReferenceLayer:
     """
 
     def __init__(
-        self, policy: ResolvedKVPolicy, prompt_len: int, num_kv_heads: int, head_dim: int
+        self,
+        policy: ResolvedKVPolicy,
+        prompt_len: int,
+        num_kv_heads: int,
+        head_dim: int,
     ) -> None:
         """An empty layer for a request whose prompt has ``prompt_len`` tokens."""
         self.policy = policy
@@ -81,7 +85,7 @@ class ReferenceLayer:
     def _segment(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Design 1.3: attend with the whole segment held, then replay the decode rule."""
+        """Design 1.3: attend with the segment held, then replay the decode rule."""
         start, arrived = self.t, len(self.slots)
         self._append(k, v)
         output = self._attend(q, scale)

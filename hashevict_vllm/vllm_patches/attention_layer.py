@@ -1,10 +1,10 @@
 """Patches `Attention` layers: full-attention layers get the budgeted backend.
 
 Where: the name ``get_attn_backend`` in
-``vllm/model_executor/layers/attention/attention.py``, which ``Attention.__init__`` calls
-when the model brings no backend of its own. Why there: the current `VllmConfig` is set,
-the layer's kind is known, and vLLM's own choice (with its per-process cache) is made
-first and stays untouched, so policy on and off never mix.
+``vllm/model_executor/layers/attention/attention.py``, which ``Attention.__init__``
+calls when the model brings no backend of its own. Why there: the current `VllmConfig`
+is set, the layer's kind is known, and vLLM's own choice (with its per-process cache) is
+made first and stays untouched, so policy on and off never mix.
 
 Upstream fix: let a KV-cache policy in `VllmConfig` wrap the selected backend.
 """
@@ -37,16 +37,13 @@ def _wrap(stock: Any) -> Any:
     return get_attn_backend
 
 
-def _budgeted(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+def _budgeted(backend: Any) -> type[AttentionBackend]:
     from vllm.config import get_current_vllm_config
 
-    from hashevict_vllm.config import ADDITIONAL_CONFIG_KEY, KVPolicyConfig
+    from hashevict_vllm.compat import policy_of
 
     vllm_config = get_current_vllm_config()
-    additional = vllm_config.additional_config
-    if not isinstance(additional, dict):  # vLLM also takes an opaque hashable object
-        return backend
-    config = KVPolicyConfig.from_dict(additional.get(ADDITIONAL_CONFIG_KEY))
+    config = policy_of(vllm_config.additional_config)
     if not config.enabled:
         return backend
     from hashevict_vllm.attention.backend import wrap_backend

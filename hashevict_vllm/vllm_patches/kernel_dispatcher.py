@@ -4,7 +4,7 @@ Where: the name ``vars`` in the module that ``_rebind_kernels`` scans all module
 It expects ``vars(value)`` to be a dict; llvmlite's ``ffi.lib`` answers any attribute,
 ``__dict__`` included, with a C function, so ``import numba`` before the worker starts
 (a second engine in one process, a script that uses numba) ends it with an
-`AttributeError`. Why then: the scan runs in ``init_worker``, before any model is loaded.
+`AttributeError`. Why then: the scan runs in ``init_worker``, before a model is loaded.
 
 Upstream fix: the scan should skip values whose ``__dict__`` is not a mapping.
 """
@@ -26,4 +26,4 @@ def apply() -> None:
     """Patch once per process."""
     from vllm.triton_utils import dispatcher
 
-    dispatcher.vars = _vars  # type: ignore[attr-defined]
+    dispatcher.vars = _vars

@@ -1,7 +1,7 @@
 """One real server for the tests of this directory.
 
-There is no ``__init__.py`` here: a package named ``http`` in ``sys.path`` would hide the
-standard library's.
+There is no ``__init__.py`` here: a package named ``http`` in ``sys.path`` would hide
+that of the standard library.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ def pytest_runtest_makereport(
     report = yield
     server = getattr(item, "funcargs", {}).get("server")
     if report.failed and server is not None:
-        lines = server.log().splitlines()[-LOG_LINES_SHOWN:]
-        report.sections.append(("server log", "\n".join(lines)))
+        lines = [line for line in server.log().splitlines() if "Route: " not in line]
+        report.sections.append(("server log", "\n".join(lines[-LOG_LINES_SHOWN:])))
     return report

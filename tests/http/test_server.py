@@ -15,10 +15,8 @@ from support.server import server_env, vllm_command
 
 pytestmark = pytest.mark.http
 
-CITIES = "Lisbon Oslo Prague Vienna Dublin Athens Warsaw Madrid Bern Rome".split()
-COMMON_WORDS = set(
-    "the of and to a in is it that as for with are by from this be or an which".split()
-)
+CITIES = ("Lisbon", "Oslo", "Prague", "Vienna", "Dublin", "Athens", "Warsaw", "Bern")
+COMMON_WORDS = {"the", "of", "and", "to", "a", "in", "is", "it", "that", "as", "for"}
 CAPITALS = {
     "France": "Paris",
     "Italy": "Rome",
@@ -30,8 +28,8 @@ CAPITALS = {
 def facts(count, first=1):
     """Numbered sentences of about 30 tokens each."""
     return " ".join(
-        f"Fact {i}: on day {i} the train from {CITIES[i % 10]} to "
-        f"{CITIES[(3 * i + 1) % 10]} carried {100 + 37 * i % 400} passengers and "
+        f"Fact {i}: on day {i} the train from {CITIES[i % 8]} to "
+        f"{CITIES[(3 * i + 1) % 8]} carried {100 + 37 * i % 400} passengers and "
         f"{5 + 13 * i % 60} parcels of mail."
         for i in range(first, first + count)
     )
@@ -66,30 +64,28 @@ def assert_fluent(text):
 
 # -- refused starts --------------------------------------------------------------
 
+ON = ("--kv-policy", "hashevict", "--kv-budget", "1024")
 REFUSED = {
     "no budget": (
-        ("--kv-policy", "hashevict"),
+        ON[:2],
         "vllm: error: --kv-budget: is required with --kv-policy hashevict: tokens per "
         "KV head, or a share of max_model_len such as 25%.",
     ),
     "tiny budget": (
-        ("--kv-policy", "hashevict", "--kv-budget", "10"),
+        (*ON[:3], "10"),
         "vllm: error: --kv-budget: 10 tokens is smaller than sinks + recent + one "
         "block (4 + 2 + 128 = 134).",
     ),
     "unknown policy": (
-        ("--kv-policy", "hashevit", "--kv-budget", "1024"),
+        ("--kv-policy", "hashevit", *ON[2:]),
         "vllm serve: error: argument --kv-policy: invalid choice: 'hashevit' (choose "
         "from 'full', 'hashevict')",
     ),
     "prefix caching": (
-        (
-            *("--kv-policy", "hashevict", "--kv-budget", "1024"),
-            "--enable-prefix-caching",
-        ),
-        "vllm: error: --enable-prefix-caching: blocks of a bounded cache hold different "
-        "tokens for every request and cannot be shared; drop the flag or use "
-        "--kv-policy full.",
+        (*ON, "--enable-prefix-caching"),
+        "vllm: error: --enable-prefix-caching: blocks of a bounded cache hold "
+        "different tokens for every request and cannot be shared; drop the flag or "
+        "use --kv-policy full.",
     ),
 }
 
@@ -154,7 +150,7 @@ def test_completions_continue_a_prompt(client):
 
 
 def test_a_stream_joins_to_the_text_of_one_piece_also_past_the_budget(client):
-    prompt = facts(30)
+    prompt = facts(33)
     whole = complete(client, prompt, 64)
     assert whole.usage.prompt_tokens < BUDGET < whole.usage.total_tokens
     chunks = list(complete(client, prompt, 64, stream=True))
@@ -224,7 +220,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_gives_its_blocks_back(ser
 
 
 def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, client):
-    prompt = facts(31)
+    prompt = facts(33)
     alone = complete(client, prompt, 96).choices[0].text
 
     neighbour = complete(client, prompt, 96, stream=True)
@@ -262,7 +258,7 @@ def test_a_prompt_of_6000_tokens_is_answered_in_fluent_text(client):
 
 def test_32_requests_are_served_at_once_though_half_outgrow_the_budget(server, client):
     def long_one(number):
-        return complete(client, facts(30, first=30 * number), 128)
+        return complete(client, facts(31, first=100 + 31 * number), 128)
 
     def short_one(country):
         return complete(client, f"The capital of {country} is", 48)

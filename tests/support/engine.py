@@ -43,7 +43,9 @@ def engine(
         cleanup_dist_env_and_memory(shutdown_ray=False)
 
 
-def greedy(llm: Any, prompts: Sequence[list[int]], tokens: int = 300) -> list[list[int]]:
+def greedy(
+    llm: Any, prompts: Sequence[list[int]], tokens: int = 300
+) -> list[list[int]]:
     """Greedy continuations of token-id prompts, all submitted at once."""
     from vllm import SamplingParams
 

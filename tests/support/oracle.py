@@ -1,4 +1,4 @@
-"""The oracle model: transformers in float32, its attention replaced by `ReferenceLayer`."""
+"""The oracle model: transformers in float32 with `ReferenceLayer` as its attention."""
 
 from __future__ import annotations
 
@@ -12,6 +12,31 @@ from hashevict_vllm.policies.reference import ReferenceLayer
 from support.engine import MAX_MODEL_LEN
 
 _ATTENTION = "hashevict_reference"
+
+
+class SlidingLayer:
+    """Stock sliding-window attention: every token sees the last ``window`` tokens."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.k: list[torch.Tensor] = []
+        self.v: list[torch.Tensor] = []
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Q [T, Hq, D], k, v [T, Hkv, D] to [T, Hq, D]."""
+        self.k.append(k)
+        self.v.append(v)
+        group = q.shape[1] // k.shape[1]
+        keys = torch.cat(self.k).repeat_interleave(group, dim=1)
+        values = torch.cat(self.v).repeat_interleave(group, dim=1)
+        at = torch.arange(len(keys))
+        age = at[len(keys) - len(q) :, None] - at
+        seen = (age >= 0) & (age < self.window)
+        logits = torch.einsum("thd,nhd->htn", q, keys) * scale
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+        return torch.einsum("htn,nhd->thd", weights, values)
 
 
 def resolve(policy: dict[str, Any], block_size: int = 32) -> ResolvedKVPolicy:
@@ -29,7 +54,7 @@ class Oracle:
         AttentionInterface.register(_ATTENTION, self._attention)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.model.set_attn_implementation(_ATTENTION)
-        self.layers: dict[int, ReferenceLayer] = {}
+        self.layers: dict[int, ReferenceLayer | SlidingLayer] = {}
         self.noise = 0.0
 
     def _attention(
@@ -55,8 +80,11 @@ class Oracle:
         config = self.model.config
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        kinds = getattr(config, "layer_types", None)
         self.layers = {
-            index: ReferenceLayer(
+            index: SlidingLayer(config.sliding_window)
+            if kinds and kinds[index] == "sliding_attention"
+            else ReferenceLayer(
                 policy, len(prompt), config.num_key_value_heads, head_dim
             )
             for index in range(config.num_hidden_layers)
@@ -98,7 +126,7 @@ class Oracle:
         return self.model(
             ids,
             position_ids=positions[None],
-            attention_mask={"full_attention": None},
+            attention_mask={"full_attention": None, "sliding_attention": None},
             use_cache=False,
             logits_to_keep=1,
         ).logits[0, -1]

@@ -1,4 +1,4 @@
-"""A budgeted layer on paged memory without vLLM: plan and kernels, poison in between."""
+"""A budgeted layer on poisoned paged memory: the plan and the kernels, no vLLM."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PagedLayer:
             plen = self.prompt_lens[request]
             pieces.append(list(cut_chunk(self.policy, request, row, start, end, plen)))
             row += len(k)
-        q, k, v = (raw(torch.cat(x).to(self.dtype)) for x in zip(*chunks))
+        q, k, v = (raw(torch.cat(x).to(self.dtype)) for x in zip(*chunks, strict=True))
         for together in zip_longest(*pieces):
             self._round([piece for piece in together if piece is not None], q, k, v)
 

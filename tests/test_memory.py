@@ -1,0 +1,192 @@
+"""Memory: bounds at every step, nothing leaks, freed blocks carry nothing over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.engine import engine, greedy, runner_of, scheduler_of
+from support.models import random_prompt
+from support.oracle import resolve
+
+from hashevict_vllm.cache.page import tail_bytes
+
+BLOCK = 32
+
+
+def manager_of(llm: Any) -> Any:
+    (manager,) = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+    return manager
+
+
+def free_blocks(llm: Any) -> int:
+    return manager_of(llm).block_pool.get_num_free_blocks()
+
+
+def add(llm: Any, request_id: str, prompt: list[int], tokens: int) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+    )
+    llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"budget": 201, "segment": 64},
+        {"budget": 201, "segment": "prompt"},
+        {"budget": 192, "segment": 1},
+    ],
+    ids=["segments", "prompt held", "token by token"],
+)
+def test_blocks_held_never_exceed_the_contract(
+    policy: dict[str, Any], llama: Path
+) -> None:
+    resolved = resolve(policy)
+    scratch = resolved.segment if resolved.segment > 1 else 0
+    steps = 0
+    with engine(llama, policy, max_num_seqs=8, max_num_batched_tokens=128) as llm:
+        before = free_blocks(llm)
+        for i, length in enumerate((20, 150, 260, 500, 900, 3000)):
+            add(llm, str(i), random_prompt(length), 250)
+        scheduler, manager = scheduler_of(llm), manager_of(llm)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            steps += 1
+            for request in scheduler.running:
+                held = len(manager.req_to_blocks[request.request_id])
+                bound = -(-resolved.budget // BLOCK)
+                # The scratch is given back when the step after the prompt is planned.
+                if request.num_output_tokens <= 1:
+                    reading = min(request.num_prompt_tokens, resolved.budget + scratch)
+                    bound = max(bound, -(-reading // BLOCK))
+                assert held <= bound
+        assert free_blocks(llm) == before
+    assert steps > 250
+
+
+def test_no_block_leaks_after_300_requests_with_aborts_and_preemptions(
+    llama: Path,
+) -> None:
+    policy = {"budget": 96, "segment": 32, "sinks": 0, "recent": 0}
+    with engine(
+        llama,
+        policy,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        num_gpu_blocks_override=20,
+    ) as llm:
+        before, preemptions = free_blocks(llm), 0
+        scheduler = scheduler_of(llm)
+        stock = scheduler._preempt_request
+
+        def preempt(*args: Any, **kwargs: Any) -> None:
+            nonlocal preemptions
+            preemptions += 1
+            stock(*args, **kwargs)
+
+        scheduler._preempt_request = preempt
+        submitted = step = 0
+        while submitted < 300 or llm.llm_engine.has_unfinished_requests():
+            while (
+                submitted < 300 and len(scheduler.running) + len(scheduler.waiting) < 20
+            ):
+                length = 5 + 37 * submitted % 180
+                add(llm, f"r{submitted}", random_prompt(length), 5 + submitted % 110)
+                submitted += 1
+            llm.llm_engine.step()
+            step += 1
+            if step % 7 == 0 and scheduler.running:
+                victim = scheduler.running[step % len(scheduler.running)]
+                external = victim.external_req_id or victim.request_id
+                llm.llm_engine.abort_request([external])
+        assert preemptions > 0
+        assert free_blocks(llm) == before
+        manager = manager_of(llm)
+        assert not manager.req_to_blocks
+        assert not manager._prompt_len
+        assert not manager._scratch_returned
+
+
+def test_a_request_of_eight_times_the_pool_is_served(llama: Path) -> None:
+    # 16 usable blocks are 512 tokens uncompressed.
+    policy = {"budget": 256, "segment": 128}
+    with engine(llama, policy, num_gpu_blocks_override=17) as llm:
+        (tokens,) = greedy(llm, [random_prompt(3000)], 1096)
+    assert len(tokens) == 1096
+
+
+def test_a_pool_that_cannot_hold_the_bounded_need_is_refused_at_start(
+    llama: Path,
+) -> None:
+    with (
+        pytest.raises(ValueError, match="KV cache"),
+        engine(llama, {"budget": 1024}, num_gpu_blocks_override=17),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("hash_bits", [8, 32, 64, 96])
+def test_metadata_take_at_most_four_percent_of_a_bf16_page_at_head_size_128(
+    hash_bits: int,
+) -> None:
+    kv = 8 * 16 * 2 * 128 * 2
+    assert tail_bytes(8, 16, hash_bits) / kv <= 0.04
+
+
+def test_the_page_and_the_pool_are_sized_with_their_metadata(llama: Path) -> None:
+    with engine(llama, {"budget": 256}) as llm:
+        spec = manager_of(llm).kv_cache_spec
+        kv = 2 * BLOCK * 2 * 32 * 4  # KV heads x slots x (K and V) x D x float32
+        tail = 2 * BLOCK * (2 + 1) * 4  # KV heads x slots x (2 words + position)
+        assert spec.page_size_bytes == kv + tail
+        for cache in runner_of(llm).kv_caches:
+            assert cache.stride(0) * cache.element_size() == kv + tail
+
+
+def poison(llm: Any, byte: int) -> None:
+    """Overwrite the whole pool, signatures and positions included."""
+    for cache in runner_of(llm).kv_caches:
+        raw = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
+        raw.fill_(byte)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x41, 0x7F])
+def test_stale_bytes_in_blocks_change_nothing(byte: int, llama: Path) -> None:
+    prompts = [random_prompt(n) for n in (20, 150, 333, 700)]
+    policy = {"budget": 201, "segment": 64}
+    with engine(llama, policy, max_num_batched_tokens=100) as llm:
+        expected = greedy(llm, prompts, 120)
+        poison(llm, byte)
+        assert greedy(llm, prompts, 120) == expected
+
+
+def test_blocks_reused_by_another_request_leak_nothing(llama: Path) -> None:
+    policy = {"budget": 128, "segment": 64}
+    target = random_prompt(300)
+    with engine(llama, policy, num_gpu_blocks_override=8) as llm:
+        alone = greedy(llm, [target], 100)
+    with engine(llama, policy, num_gpu_blocks_override=8) as llm:
+        for seed in range(4):  # every block of the pool has held other tokens
+            greedy(llm, [random_prompt(400, seed)], 30)
+        assert greedy(llm, [target], 100) == alone
+
+
+def test_the_log_says_what_the_budget_buys(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hashevict_vllm.cache.capacity import describe_capacity
+
+    with engine(llama, {"budget": 256}, num_gpu_blocks_override=65) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        config = scheduler_of(llm).kv_cache_config
+        sentence = describe_capacity(core.vllm_config, config)
+    assert sentence is not None
+    assert "KV budget: 256 tokens per KV head" in sentence
+    assert "at most 8 blocks" in sentence
+    assert "serves 8.0 requests of any length at once" in sentence
+    assert "stock vLLM 0.50 of 4096 tokens" in sentence
