@@ -102,8 +102,7 @@ def test_no_block_leaks_after_300_requests_with_aborts_and_preemptions(
             step += 1
             if step % 7 == 0 and scheduler.running:
                 victim = scheduler.running[step % len(scheduler.running)]
-                external = victim.external_req_id or victim.request_id
-                llm.llm_engine.abort_request([external])
+                llm.llm_engine.abort_request([victim.request_id], internal=True)
         assert preemptions > 0
         assert free_blocks(llm) == before
         manager = manager_of(llm)

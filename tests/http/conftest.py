@@ -11,10 +11,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.server import Server, serve
+from support.server import BUDGET, MODEL, Server, serve
 
-BUDGET = 1024
-MODEL = "smollm"
 LOG_LINES_SHOWN = 60
 
 

@@ -11,7 +11,7 @@ from support.engine import engine, greedy
 def main() -> None:
     job = json.load(sys.stdin)
     with engine(job["model"], job["policy"], **job["options"]) as llm:
-        tokens = greedy(llm, job["prompts"])
+        tokens = greedy(llm, job["prompts"], job["tokens"])
     print(f"\n{json.dumps(tokens)}")
 
 

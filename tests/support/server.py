@@ -16,6 +16,12 @@ from pathlib import Path
 import httpx
 import openai
 
+BUDGET = 1024
+"""``--kv-budget`` of the server that tests/http talks to."""
+
+MODEL = "smollm"
+"""Its ``--served-model-name``."""
+
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
 REQUEST_TIMEOUT_S = 300
