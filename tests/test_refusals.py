@@ -87,6 +87,15 @@ MODELS = {
         "model_type": "mistral",
         "sliding_window": 256,
     },
+    "mamba_hybrid": {
+        **SIZES,
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+    },
     "shared_kv_layers": {
         **SIZES,
         "architectures": ["Gemma3nForCausalLM"],
@@ -116,6 +125,7 @@ MODEL_REASONS = {
     "encoder_decoder": "is an encoder-decoder",
     "attention_free": "has no attention layers",
     "no_full_attention": "has no full-attention layer",
+    "mamba_hybrid": "mixes attention with Mamba layers",
     "shared_kv_layers": "shares the KV cache of earlier layers in 2 layers",
     "alibi": "uses ALiBi",
     "replay_window": "R-SWA",
@@ -223,6 +233,12 @@ def test_a_feature_that_a_policy_cannot_serve_is_refused_by_its_flag(rule, llama
     text = refusal(llama, **kwargs)
     assert_is_one_sentence(text, flag)
     assert reason in text
+
+
+def test_a_cache_dtype_other_than_the_models_is_refused(llama):
+    text = refusal(llama, kv_cache_dtype="bfloat16", dtype="float16")
+    assert_is_one_sentence(text, "--kv-cache-dtype")
+    assert "bfloat16 differs from --dtype float16" in text
 
 
 def test_a_kv_connector_is_refused_by_name(llama):

@@ -13,7 +13,7 @@ from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger("vllm.hashevict")
+logger = init_logger("vllm.hashevict_vllm.cache")
 
 
 def describe_capacity(

@@ -8,6 +8,7 @@ makes each wait for the other's spinning threads (20 times slower steps were see
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,25 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+logger = logging.getLogger("vllm.hashevict_vllm.kernels")
+
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """How the raw bits of a K/V or query element are to be read."""
 
 _FP16_REBIAS = np.float32(2.0**112)
 _INT32_MAX = np.int32(2**31 - 1)
+
+
+def _kernel(function: Any) -> Any:
+    """Compile, with numba's disk cache where there is a place to write one.
+
+    ``NUMBA_CACHE_DIR`` names one; else it is beside this file or in the user's cache.
+    """
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba: "no locator available", as on a read-only system
+        logger.info("No writable cache for compiled kernels; set NUMBA_CACHE_DIR.")
+        return njit(nogil=True)(function)
 
 
 @intrinsic
@@ -149,7 +164,7 @@ def _find_victim(
     return -1
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def write_tokens(
     elements,
     tail,
@@ -306,7 +321,7 @@ def _compact_head(elements, tail, end, blocks, head, k_map, v_map, geometry, bud
             target[v_map[target_offset, d]] = source[v_map[offset, d]]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def replay_segments(
     elements,
     tail,
