@@ -92,7 +92,7 @@ def kv_policy_from_namespace(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _without_policy(key: str, name: str | None) -> KVPolicyError:
     flag = option_flag(key)
-    add = " or ".join(f"--kv-policy {policy}" for policy in POLICY_NAMES[1:])
+    add = "--kv-policy hashevict"
     if name is None:
         return KVPolicyError(
             f"{flag}: needs a policy that bounds the cache; add {add}."

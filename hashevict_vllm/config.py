@@ -13,10 +13,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-POLICY_NAMES = ("full", "hashevict")
+SCORINGS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "hashevict": ("instant",),
+    "streaming_llm": ("recency",),
+    "l2_norm": ("norm",),
+    "key_diff": ("cosine",),
+    "random": ("random",),
+}
+"""Policies and their eviction rules, the default one first (`policies.RULES`)."""
+
+POLICY_NAMES = tuple(SCORINGS)
 """``full`` is stock vLLM; every other name bounds the KV cache."""
 
-SCORINGS = ("instant",)
+HASH_OPTIONS = ("preset", "hash_bits", "hash_source", "orthogonal")
+"""Options of policies that keep signatures."""
+
+HASHING_POLICIES = ("hashevict",)
+"""Policies that keep signatures."""
+
 HASH_SOURCES = ("query", "key")
 MIN_HASH_BITS, MAX_HASH_BITS = 8, 128
 SEGMENT_PROMPT = "prompt"
@@ -112,7 +127,8 @@ class KVPolicyConfig:
         budget: Slots per KV head: tokens, or a share of ``max_model_len`` ("25%").
         preset: ``paper`` or ``reference`` (the authors' released code); sets those of
             the options below that are not given.
-        scoring: Eviction rule; ``instant`` is the paper's one-step Hamming rule.
+        scoring: Eviction rule of the policy, its first by default; ``instant`` is the
+            paper's one-step Hamming rule.
         hash_bits: Bits of a signature, 8 to 128 in steps of 4.
         hash_source: What is compared with the stored key signatures: the current
             ``query`` (the paper) or the new ``key`` (the authors' released code).
@@ -122,14 +138,14 @@ class KVPolicyConfig:
             budget ("25%").
         segment: Prompt tokens held before the live set is reduced to the budget:
             tokens, or ``"prompt"`` for the whole prompt; 1 is token by token.
-        seed: Seed of the projection.
+        seed: Seed of the projection, or of the random policy.
 
     """
 
     name: str = "full"
     budget: int | str | None = None
     preset: str | None = None
-    scoring: str = "instant"
+    scoring: str | None = None
     hash_bits: int = 64
     hash_source: str = "query"
     orthogonal: bool = True
@@ -182,15 +198,22 @@ class KVPolicyConfig:
         if preset is not None:
             _check_choice("preset", preset, tuple(PRESETS))
             values = {**PRESETS[preset], **values}
-        return cls(**values)._validated()
+        config = cls(**values)
+        _check_choice("name", config.name, POLICY_NAMES)
+        if config.name not in HASHING_POLICIES and config.enabled:
+            for key in HASH_OPTIONS:
+                if key in values:
+                    raise _fail(
+                        option_flag(key),
+                        f"has no effect with --kv-policy {config.name}, which keeps no "
+                        "signatures.",
+                    )
+        return config._validated()
 
     def _validated(self) -> KVPolicyConfig:
-        for key, choices in (
-            ("name", POLICY_NAMES),
-            ("scoring", SCORINGS),
-            ("hash_source", HASH_SOURCES),
-        ):
-            _check_choice(key, getattr(self, key), choices)
+        _check_choice("hash_source", self.hash_source, HASH_SOURCES)
+        if self.scoring is not None:
+            _check_choice("scoring", self.scoring, SCORINGS[self.name])
         if not self.enabled:
             if self.budget is not None:
                 raise _fail(
@@ -226,6 +249,7 @@ class KVPolicyConfig:
             )
         return dataclasses.replace(
             self,
+            scoring=self.scoring or SCORINGS[self.name][0],
             budget=_as_tokens(flag("budget"), self.budget, 1),
             hash_bits=bits,
             sinks=_as_int(flag("sinks"), self.sinks, 0),
@@ -247,6 +271,7 @@ class KVPolicyConfig:
 
         """
         assert self.budget is not None, "resolve() is for enabled policies"
+        assert self.scoring is not None, "from_dict() validates and fills defaults in"
         budget = _tokens_of(self.budget, max_model_len)
         recent = _tokens_of(self.recent, budget)
         floor = self.sinks + recent + block_size
@@ -295,13 +320,13 @@ class ResolvedKVPolicy:
         name: Policy name.
         budget: C, live slots per (request, layer, KV head).
         scoring: Eviction rule.
-        hash_bits: b, bits of a signature.
+        hash_bits: b, bits of a signature; unused by policies that keep none.
         hash_source: ``query`` or ``key``.
         orthogonal: Orthogonalised projection.
         sinks: Positions below this are protected.
         recent: Positions above ``t - 1 - recent`` are protected at step t.
         segment: S in tokens; at least ``max_model_len`` means the whole prompt.
-        seed: Seed of the projection.
+        seed: Seed of the projection, or of the random policy.
 
     """
 

@@ -19,8 +19,11 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def parser():
-    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
+def parser(tmp_path_factory):
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
+    # Any folder that is there: offline, vLLM looks the default model up at once.
+    parser.set_defaults(model=str(tmp_path_factory.mktemp("model")))
+    return parser
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from support.models import random_prompt
 from support.oracle import resolve
 
 from hashevict_vllm.cache.page import tail_bytes
+from hashevict_vllm.kernels.projection import num_words
 
 BLOCK = 32
 
@@ -134,7 +135,7 @@ def test_metadata_take_at_most_four_percent_of_a_bf16_page_at_head_size_128(
     hash_bits: int,
 ) -> None:
     kv = 8 * 16 * 2 * 128 * 2
-    assert tail_bytes(8, 16, hash_bits) / kv <= 0.04
+    assert tail_bytes(8, 16, num_words(hash_bits)) / kv <= 0.04
 
 
 def test_the_page_and_the_pool_are_sized_with_their_metadata(llama: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.policies import make_rule
 
 if TYPE_CHECKING:
     from hashevict_vllm.cache.spec import BudgetedAttentionSpec
@@ -24,7 +25,7 @@ class KernelConstants:
         projection: float32 [D * b], row-major.
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
-        rule: int64 [3]: sinks, recent, whether the query is the hash source.
+        rule: int64 [4]: sinks, recent, kind of score, seed.
 
     """
 
@@ -42,7 +43,7 @@ class KernelConstants:
             spec: The group's spec.
 
         """
-        policy = spec.policy
+        policy, rule = spec.policy, make_rule(spec.policy)
 
         def write(
             key: torch.Tensor,
@@ -56,7 +57,7 @@ class KernelConstants:
             write, spec.block_size, spec.head_size, spec.dtype
         )
         projection = make_projection(
-            spec.head_size, policy.hash_bits, policy.seed, policy.orthogonal
+            spec.head_size, rule.projected_bits, policy.seed, policy.orthogonal
         )
         cpu.warm_up(np.dtype(f"u{spec.dtype.itemsize}"))
         return cls(
@@ -64,6 +65,6 @@ class KernelConstants:
             k_map=k_map.astype(np.int32),
             v_map=v_map.astype(np.int32),
             rule=np.array(
-                [policy.sinks, policy.recent, policy.hash_source == "query"], np.int64
+                [policy.sinks, policy.recent, rule.kernel_code, policy.seed], np.int64
             ),
         )

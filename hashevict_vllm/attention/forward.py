@@ -16,6 +16,7 @@ from hashevict_vllm.attention.metadata import BudgetedMetadata, Round
 from hashevict_vllm.cache.page import LayerPages
 from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
+from hashevict_vllm.policies import make_rule
 
 
 def _raw(x: torch.Tensor) -> np.ndarray:
@@ -159,6 +160,7 @@ class BudgetedImplMixin:
         """Raw views of the layer's pages, made anew if vLLM has bound another cache."""
         bound = (kv_cache.data_ptr(), kv_cache.shape[0])
         if self._pages is None or self._pages_key != bound:
-            self._pages = LayerPages(kv_cache, self.policy.hash_bits)
+            rule = make_rule(self.policy)
+            self._pages = LayerPages(kv_cache, rule.words, rule.projected_bits)
             self._pages_key = bound
         return self._pages

@@ -6,9 +6,10 @@ vLLM accounts for as page padding::
 
     | K/V: H heads x N slots x 2D elements | tail: H x (W + 1) x N words of 32 bits |
 
-For each head the tail holds W rows of signature words and one row of positions, each
-row N slots long, so that a scan reads contiguous memory. Position of a slot that was
-evicted while its segment is still open is stored as ``~position`` (design 1.3).
+For each head the tail holds W rows of the rule's words, such as a signature, and one
+row of positions, each row N slots long, so that a scan reads contiguous memory. The
+position of a slot that was evicted while its segment is still open is stored as
+``~position`` (design 1.3).
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hashevict_vllm.kernels.projection import num_words
+from hashevict_vllm.kernels import codes
 
 WORD_BYTES = 4
 
-ELEMENT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""How kernels read raw K/V elements; see `hashevict_vllm.kernels.cpu`."""
+ELEMENT_KINDS = {
+    torch.float32: codes.FLOAT32,
+    torch.bfloat16: codes.BFLOAT16,
+    torch.float16: codes.FLOAT16,
+}
 
 
-def tail_words_per_slot(hash_bits: int) -> int:
-    """32-bit words of metadata per (slot, KV head): the signature and the position."""
-    return num_words(hash_bits) + 1
+def tail_bytes(num_kv_heads: int, block_size: int, words: int) -> int:
+    """Bytes of a page's tail: W words of the rule and the position, per (slot, head).
 
-
-def tail_bytes(num_kv_heads: int, block_size: int, hash_bits: int) -> int:
-    """Bytes of a page's tail; proportional to the block size."""
-    return num_kv_heads * block_size * tail_words_per_slot(hash_bits) * WORD_BYTES
+    Proportional to the block size, as vLLM may scale blocks of hybrid models.
+    """
+    return num_kv_heads * block_size * (words + 1) * WORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,14 @@ class LayerPages:
 
     """
 
-    def __init__(self, kv_cache: torch.Tensor, hash_bits: int) -> None:
+    def __init__(self, kv_cache: torch.Tensor, words: int, projected_bits: int) -> None:
         """View a layer's KV cache.
 
         Args:
             kv_cache: [B, H, N, 2D] as vLLM binds it: pages of stride
                 ``kv_cache.stride(0)``, dense inside.
-            hash_bits: b.
+            words: W, words that the rule keeps per slot.
+            projected_bits: b, columns of the projection.
 
         Raises:
             ValueError: If the page has no room for the tail or is not dense inside.
@@ -106,7 +109,7 @@ class LayerPages:
             num_kv_heads=heads,
             block_size=block_size,
             head_dim=content // 2,
-            words=num_words(hash_bits),
+            words=words,
             element_size=size,
             block_stride=kv_cache.stride(0) * size,
         )
@@ -140,7 +143,7 @@ class LayerPages:
                 geometry.block_stride // WORD_BYTES,
                 geometry.kv_bytes // WORD_BYTES,
                 ELEMENT_KINDS[kv_cache.dtype],
-                hash_bits,
+                projected_bits,
             ],
             np.int64,
         )

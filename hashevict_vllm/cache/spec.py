@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from hashevict_vllm.cache.manager import BudgetedAttentionManager
 from hashevict_vllm.cache.page import tail_bytes
 from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
+from hashevict_vllm.policies import make_rule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,7 +67,8 @@ class BudgetedAttentionSpec(AttentionSpec):
     @property
     def tail_bytes(self) -> int:
         """Bytes of signatures and positions in one page."""
-        return tail_bytes(self.num_kv_heads, self.block_size, self.policy.hash_bits)
+        words = make_rule(self.policy).words
+        return tail_bytes(self.num_kv_heads, self.block_size, words)
 
     @property
     def prefix_cacheable(self) -> bool:

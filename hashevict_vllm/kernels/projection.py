@@ -23,7 +23,7 @@ def make_projection(
 
     Args:
         head_dim: D.
-        hash_bits: b.
+        hash_bits: b; 0 for a rule that hashes nothing.
         seed: Seed of the generator.
         orthogonal: Columns are orthogonalised in blocks of at most D, which lowers the
             variance of the angle estimate (super-bit LSH).
@@ -34,7 +34,7 @@ def make_projection(
 
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    columns = []
+    columns = [torch.empty(head_dim, 0, dtype=torch.float64, device="cpu")]
     remaining = hash_bits
     while remaining:
         gaussian = torch.randn(

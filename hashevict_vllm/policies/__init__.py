@@ -5,9 +5,17 @@ from __future__ import annotations
 from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
 from hashevict_vllm.policies.base import EvictionRule
 from hashevict_vllm.policies.hashevict import InstantHamming
+from hashevict_vllm.policies.key_diff import KeyDiff
+from hashevict_vllm.policies.l2_norm import L2Norm
+from hashevict_vllm.policies.random import Random
+from hashevict_vllm.policies.streaming_llm import StreamingLLM
 
 RULES: dict[tuple[str, str], type[EvictionRule]] = {
     ("hashevict", "instant"): InstantHamming,
+    ("streaming_llm", "recency"): StreamingLLM,
+    ("l2_norm", "norm"): L2Norm,
+    ("key_diff", "cosine"): KeyDiff,
+    ("random", "random"): Random,
 }
 """(policy name, scoring) to rule. ``full`` has none: it is stock vLLM."""
 

@@ -57,14 +57,28 @@ class LiveSlots:
 
 
 class EvictionRule(ABC):
-    """Which slot the token at position t overwrites when the cache is full."""
+    """Which slot the token at position t overwrites when the cache is full.
+
+    Attributes:
+        words: 32-bit words that a slot keeps of its key for later scores.
+        projected_bits: Columns of the projection; 0 where nothing is hashed.
+
+    """
+
+    words: int = 0
+    projected_bits: int = 0
 
     def __init__(self, policy: ResolvedKVPolicy) -> None:
         self.policy = policy
 
+    @property
+    @abstractmethod
+    def kernel_code(self) -> int:
+        """The kind of score, as kernels know it (`hashevict_vllm.kernels.codes`)."""
+
     @abstractmethod
     def score(
-        self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots
+        self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int
     ) -> torch.Tensor:
         """How dispensable every slot is, before attention.
 
@@ -72,9 +86,10 @@ class EvictionRule(ABC):
             q_bits: bool [Hkv, G, b], signatures of the token's queries, by group.
             k_bits: bool [Hkv, b], signature of its key.
             slots: The n live slots.
+            t: Position of the new token.
 
         Returns:
-            int64 [Hkv, n]; the largest is evicted.
+            int64 [Hkv, n], at least 0 and below 2^31; the largest is evicted.
 
         """
 
@@ -93,6 +108,6 @@ class EvictionRule(ABC):
         oldest_last = self.policy.recent + 1
         protected = (position < self.policy.sinks) | (position > t - oldest_last)
         # Scores are small integers, so one number orders (score, age).
-        key = self.score(q_bits, k_bits, slots) * 2**32 - position
+        key = self.score(q_bits, k_bits, slots, t) * 2**32 - position
         key[protected] = torch.iinfo(torch.int64).min
         return key.argmax(dim=1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
 
 
@@ -18,8 +21,20 @@ class InstantHamming(EvictionRule):
     authors' released code does.
     """
 
+    def __init__(self, policy: ResolvedKVPolicy) -> None:
+        super().__init__(policy)
+        self.projected_bits = policy.hash_bits
+        self.words = num_words(policy.hash_bits)
+
+    @property
+    def kernel_code(self) -> int:
+        """Hamming distance to the query or to the new key."""
+        if self.policy.hash_source == "query":
+            return codes.HAMMING_TO_QUERY
+        return codes.HAMMING_TO_KEY
+
     def score(
-        self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots
+        self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int
     ) -> torch.Tensor:
         """Summed Hamming distances; see `EvictionRule.score`."""
         source = q_bits if self.policy.hash_source == "query" else k_bits[:, None]

@@ -37,7 +37,7 @@ class ReferenceLayer:
         self.rule = make_rule(policy)
         self.prompt_len = prompt_len
         self.projection = make_projection(
-            head_dim, policy.hash_bits, policy.seed, policy.orthogonal
+            head_dim, self.rule.projected_bits, policy.seed, policy.orthogonal
         )
         self.t = 0
         none = torch.empty(0, num_kv_heads, head_dim)

@@ -11,7 +11,8 @@ from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
-from hashevict_vllm.kernels.projection import make_projection, num_words
+from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.policies import make_rule
 
 POISON = 0x5A
 
@@ -44,18 +45,22 @@ class PagedLayer:
         num_blocks = width * len(prompt_lens) + 3
         size = dtype.itemsize
         kv = heads * block_size * 2 * head_dim * size
-        page = kv + tail_bytes(heads, block_size, policy.hash_bits) + 64
+        rule = make_rule(policy)
+        self.words = rule.words
+        page = kv + tail_bytes(heads, block_size, rule.words) + 64
         self.buffer = torch.full((num_blocks * page,), POISON, dtype=torch.uint8)
         self.kv_cache = torch.as_strided(
             self.buffer.view(dtype),
             (num_blocks, heads, block_size, 2 * head_dim),
             (page // size, block_size * 2 * head_dim, 2 * head_dim, 1),
         )
-        self.pages = LayerPages(self.kv_cache, policy.hash_bits)
+        self.pages = LayerPages(self.kv_cache, rule.words, rule.projected_bits)
         order = torch.randperm(num_blocks - 1)[: width * len(prompt_lens)] + 1
         self.block_table = order.view(len(prompt_lens), width).int().numpy()
         self.projection = (
-            make_projection(head_dim, policy.hash_bits, policy.seed, policy.orthogonal)
+            make_projection(
+                head_dim, rule.projected_bits, policy.seed, policy.orthogonal
+            )
             .numpy()
             .ravel()
         )
@@ -64,7 +69,7 @@ class PagedLayer:
         self.k_map = (d * block_size + slot).astype(np.int32)
         self.v_map = (block_size * head_dim + slot * head_dim + d).astype(np.int32)
         self.rule = np.array(
-            [policy.sinks, policy.recent, policy.hash_source == "query"], np.int64
+            [policy.sinks, policy.recent, rule.kernel_code, policy.seed], np.int64
         )
 
     def step(
@@ -124,7 +129,7 @@ class PagedLayer:
         slots = np.arange(count)
         blocks, offsets = self.block_table[request][slots // self.block_size], slots
         offsets = offsets % self.block_size
-        words = num_words(self.policy.hash_bits)
+        words = self.words
         meta = self.pages.tail_view()[blocks, :, :, offsets]  # [n, H, W + 1]
         cells = self.kv_cache.flatten(2).view(len(self.kv_cache), self.heads, -1)
         position = torch.from_numpy(meta[:, :, words].copy()).T

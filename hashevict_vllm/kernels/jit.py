@@ -1,0 +1,52 @@
+"""How numba functions are compiled, and where machine code is kept between starts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+
+logger = logging.getLogger("vllm.hashevict_vllm.kernels")
+
+inlined = njit(inline="always")
+"""For parts of kernels."""
+
+
+def _sources_digest() -> str:
+    """A digest of this package's sources; numba itself looks at one file's date."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _cache_root() -> Path:
+    """``$NUMBA_CACHE_DIR``, or a folder in ``$HASHEVICT_CACHE`` or the user's cache."""
+    if named := numba.config.CACHE_DIR:
+        return Path(named)
+    if own := os.environ.get("HASHEVICT_CACHE"):
+        return Path(own) / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "hashevict-vllm" / "kernels"
+
+
+def kernel(function: Any) -> Any:
+    """Compile an entry point, with numba's disk cache where one can be written.
+
+    The folder's name holds a digest of the sources, so that an upgrade never runs
+    machine code of the version before.
+    """
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(_cache_root() / _sources_digest())
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba: "no locator available", as on a read-only system
+        logger.info("No writable cache for compiled kernels; set NUMBA_CACHE_DIR.")
+        return njit(nogil=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before
