@@ -15,7 +15,7 @@ from typing import Any
 
 SCORINGS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "hashevict": ("instant",),
+    "hashevict": ("instant", "vote"),
     "streaming_llm": ("recency",),
     "l2_norm": ("norm",),
     "key_diff": ("cosine",),
@@ -26,8 +26,19 @@ SCORINGS: dict[str, tuple[str, ...]] = {
 POLICY_NAMES = tuple(SCORINGS)
 """``full`` is stock vLLM; every other name bounds the KV cache."""
 
-HASH_OPTIONS = ("preset", "hash_bits", "hash_source", "orthogonal")
+HASH_OPTIONS = (
+    "preset",
+    "hash_bits",
+    "hash_source",
+    "orthogonal",
+    "window",
+    "pool",
+    "decay",
+)
 """Options of policies that keep signatures."""
+
+VOTE_HORIZON = 256
+"""Steps before the cache is full from which on votes are kept."""
 
 HASHING_POLICIES = ("hashevict",)
 """Policies that keep signatures."""
@@ -105,6 +116,16 @@ def _as_tokens(flag: str, value: Any, minimum: int) -> int | str:
         raise error
 
 
+def _as_share(flag: str, value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        raise _fail(flag, f"expected a number in (0, 1], got {value!r}.") from None
+    if not 0 < share <= 1:
+        raise _fail(flag, f"must lie in (0, 1], got {share}.")
+    return share
+
+
 def _tokens_of(value: int | str, whole: int) -> int:
     return int(whole * float(value[:-1]) / 100) if isinstance(value, str) else value
 
@@ -128,7 +149,8 @@ class KVPolicyConfig:
         preset: ``paper`` or ``reference`` (the authors' released code); sets those of
             the options below that are not given.
         scoring: Eviction rule of the policy, its first by default; ``instant`` is the
-            paper's one-step Hamming rule.
+            paper's one-step Hamming rule, ``vote`` accumulates attention estimated from
+            signatures and judges a segment by its last queries.
         hash_bits: Bits of a signature, 8 to 128 in steps of 4.
         hash_source: What is compared with the stored key signatures: the current
             ``query`` (the paper) or the new ``key`` (the authors' released code).
@@ -139,6 +161,10 @@ class KVPolicyConfig:
         segment: Prompt tokens held before the live set is reduced to the budget:
             tokens, or ``"prompt"`` for the whole prompt; 1 is token by token.
         seed: Seed of the projection, or of the random policy.
+        window: With ``vote``: last queries of a prompt segment that vote.
+        pool: With ``vote``: a slot's votes count for neighbours up to ``pool // 2``
+            positions away when a segment is reduced.
+        decay: With ``vote``: factor on earlier votes at every vote.
 
     """
 
@@ -153,6 +179,9 @@ class KVPolicyConfig:
     recent: int | str = "25%"
     segment: int | str = 256
     seed: int = 0
+    window: int = 16
+    pool: int = 15
+    decay: float = 0.98
 
     @property
     def enabled(self) -> bool:
@@ -256,6 +285,9 @@ class KVPolicyConfig:
             recent=_as_tokens(flag("recent"), self.recent, 0),
             segment=segment,
             seed=_as_int(flag("seed"), self.seed, 0),
+            window=_as_int(flag("window"), self.window, 1),
+            pool=_as_int(flag("pool"), self.pool, 1),
+            decay=_as_share(flag("decay"), self.decay),
         )
 
     def resolve(self, max_model_len: int, block_size: int) -> ResolvedKVPolicy:
@@ -302,6 +334,9 @@ class KVPolicyConfig:
             recent=recent,
             segment=segment,
             seed=self.seed,
+            window=self.window,
+            pool=self.pool,
+            decay=self.decay,
         )
 
 
@@ -327,6 +362,9 @@ class ResolvedKVPolicy:
         recent: Positions above ``t - 1 - recent`` are protected at step t.
         segment: S in tokens; at least ``max_model_len`` means the whole prompt.
         seed: Seed of the projection, or of the random policy.
+        window: Voting queries of a segment.
+        pool: Positions over which votes are max-pooled.
+        decay: Factor on earlier votes.
 
     """
 
@@ -340,6 +378,29 @@ class ResolvedKVPolicy:
     recent: int
     segment: int
     seed: int
+    window: int
+    pool: int
+    decay: float
+
+    @property
+    def votes(self) -> bool:
+        """Whether segments are judged by votes instead of a replay."""
+        return self.scoring == "vote"
+
+    def is_voter(self, position: int, prompt_len: int) -> bool:
+        """Whether the query at a position votes; a matter of positions alone.
+
+        The last ``window`` queries of a segment that will be reduced do, and those of
+        the prompt, and all in decode; the latter two not while the cache is far from
+        full, as votes decay before they count.
+        """
+        if not self.votes:
+            return False
+        if position >= prompt_len or self.segment == 1:
+            return position >= self.budget - VOTE_HORIZON
+        end = min((position // self.segment + 1) * self.segment, prompt_len)
+        full = self.budget - (VOTE_HORIZON if end == prompt_len else 0)
+        return position >= end - self.window and end > full
 
 
 def kv_policy(name: str = "hashevict", **options: Any) -> dict[str, dict[str, Any]]:

@@ -59,7 +59,11 @@ def run(
         position, words, k_live, v_live = paged.live(i)
         assert torch.equal(position.long(), oracle.slots.position)
         if oracle.rule.projected_bits:
-            assert torch.equal(words, pack_bits(oracle.slots.bits))
+            packed = pack_bits(oracle.slots.bits)
+            assert torch.equal(words[..., : packed.shape[-1]], packed)
+        if resolved.votes:
+            votes = words[..., -1:].contiguous().view(torch.float32)[..., 0]
+            torch.testing.assert_close(votes, oracle.slots.votes)
         assert torch.equal(k_live.float(), oracle.slots.k)
         assert torch.equal(v_live.float(), oracle.slots.v)
     assert bool((paged.kv_cache[0].view(torch.uint8) == POISON).all())
@@ -111,6 +115,21 @@ def test_kernels_equal_the_oracle_for_every_baseline(
         outputs=60,
         chunk=70,
         dtype=torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("segment", [1, 64, "prompt"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_equal_the_oracle_for_votes(
+    segment: int | str, dtype: torch.dtype
+) -> None:
+    run(
+        {"scoring": "vote", "budget": 80, "segment": segment, "recent": 20},
+        prompts=[150, 30, 300],
+        outputs=60,
+        chunk=70,
+        group=3,
+        dtype=dtype,
     )
 
 

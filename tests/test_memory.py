@@ -12,7 +12,7 @@ from support.models import random_prompt
 from support.oracle import resolve
 
 from hashevict_vllm.cache.page import tail_bytes
-from hashevict_vllm.kernels.projection import num_words
+from hashevict_vllm.policies import make_rule
 
 BLOCK = 32
 
@@ -130,12 +130,22 @@ def test_a_pool_that_cannot_hold_the_bounded_need_is_refused_at_start(
         pass
 
 
-@pytest.mark.parametrize("hash_bits", [8, 32, 64, 96])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hash_bits": 8},
+        {"hash_bits": 64},
+        {"hash_bits": 128},
+        {"scoring": "vote", "hash_bits": 64},
+    ],
+    ids=str,
+)
 def test_metadata_take_at_most_four_percent_of_a_bf16_page_at_head_size_128(
-    hash_bits: int,
+    options: dict[str, Any],
 ) -> None:
+    rule = make_rule(resolve({"budget": 1024, **options}))
     kv = 8 * 16 * 2 * 128 * 2
-    assert tail_bytes(8, 16, num_words(hash_bits)) / kv <= 0.04
+    assert tail_bytes(8, 16, rule.words) / kv <= 0.04
 
 
 def test_the_page_and_the_pool_are_sized_with_their_metadata(llama: Path) -> None:

@@ -42,6 +42,12 @@ CASES = (
     Case("prompt held", {"budget": 201, "segment": "prompt"}),
     Case("prompt held, large blocks", {"budget": 192, "segment": "prompt"}, 128),
     Case("no protection", {"budget": 96, "sinks": 0, "recent": 0, "segment": 32}),
+    Case("votes", {"budget": 201, "segment": 64, "scoring": "vote"}),
+    Case(
+        "votes, prompt held",
+        {"budget": 201, "segment": "prompt", "scoring": "vote"},
+        128,
+    ),
     Case("token by token", {"budget": 100, "segment": 1}, lengths=(60, 180)),
     Case("one query head", {"budget": 201, "segment": 64}, model="llama_mha"),
     Case(

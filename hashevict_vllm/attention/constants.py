@@ -9,12 +9,25 @@ import numpy as np
 import torch
 
 from hashevict_vllm.cache.element_map import probe_element_map
+from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.policies import make_rule
 
 if TYPE_CHECKING:
     from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+
+
+def vote_strengths(policy: ResolvedKVPolicy, scale: float) -> np.ndarray:
+    """What votes are weighed with: softmax scale, decay, cos(pi h / b) for all h.
+
+    Returns:
+        float32 [2 + b + 1].
+
+    """
+    h = np.arange(policy.hash_bits + 1)
+    cosines = np.cos(np.pi / policy.hash_bits * h)
+    return np.concatenate([[scale, policy.decay], cosines]).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,8 @@ class KernelConstants:
         projection: float32 [D * b], row-major.
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
-        rule: int64 [4]: sinks, recent, kind of score, seed.
+        rule: int64 [6]: sinks, recent, kind of score, seed, window, pool.
+        strengths: float32 [2 + b + 1], see `vote_strengths`.
 
     """
 
@@ -33,6 +47,7 @@ class KernelConstants:
     k_map: np.ndarray
     v_map: np.ndarray
     rule: np.ndarray
+    strengths: np.ndarray
 
     @classmethod
     def build(cls, layer: Any, spec: BudgetedAttentionSpec) -> KernelConstants:
@@ -65,6 +80,15 @@ class KernelConstants:
             k_map=k_map.astype(np.int32),
             v_map=v_map.astype(np.int32),
             rule=np.array(
-                [policy.sinks, policy.recent, rule.kernel_code, policy.seed], np.int64
+                [
+                    policy.sinks,
+                    policy.recent,
+                    rule.kernel_code,
+                    policy.seed,
+                    policy.window,
+                    policy.pool,
+                ],
+                np.int64,
             ),
+            strengths=vote_strengths(policy, layer.impl.scale),
         )

@@ -92,6 +92,7 @@ class BudgetedImplMixin:
                 step.positions,
                 step.slots,
                 step.evict,
+                step.voters,
                 step.requests,
                 block_table,
                 constants.projection,
@@ -99,6 +100,7 @@ class BudgetedImplMixin:
                 constants.v_map,
                 pages.kernel_geometry,
                 constants.rule,
+                constants.strengths,
             )
             self._attend(layer, query, key, value, kv_cache, step, output)
             if len(step.replay):
@@ -113,6 +115,7 @@ class BudgetedImplMixin:
                     constants.v_map,
                     pages.kernel_geometry,
                     constants.rule,
+                    constants.strengths,
                     self.policy.budget,
                 )
         return output

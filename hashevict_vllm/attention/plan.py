@@ -29,6 +29,7 @@ class Piece:
         slot: Slot of the first token: live slots (and open scratch) lie below it. For
             an evicting piece it equals C, and the token takes its victim's slot.
         evict: The decode rule: one token, evict before attention.
+        first_voter: The piece's first token whose queries vote; ``count`` if none does.
         compact: Reduce the live set to C afterwards (segment complete, or prompt over).
 
     """
@@ -40,6 +41,7 @@ class Piece:
     slot: int
     evict: bool = False
     compact: bool = False
+    first_voter: int = 0
 
     @property
     def live_after_write(self) -> int:
@@ -54,6 +56,18 @@ def occupied_slots(policy: ResolvedKVPolicy, num_tokens: int, prompt_len: int) -
         return min(num_tokens, budget)
     complete = num_tokens // segment * segment
     return min(complete, budget) + num_tokens - complete
+
+
+def _first_voter(
+    policy: ResolvedKVPolicy, start: int, stop: int, prompt_len: int
+) -> int:
+    """Index of the first voting token of a piece; voters are its last tokens."""
+    if not policy.votes:
+        return stop - start
+    first = stop
+    while first > start and policy.is_voter(first - 1, prompt_len):
+        first -= 1
+    return first - start
 
 
 def cut_chunk(
@@ -103,5 +117,6 @@ def cut_chunk(
             slot=slot,
             evict=evict,
             compact=compact,
+            first_voter=_first_voter(policy, position, stop, prompt_len),
         )
         position = stop

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hashevict_vllm.kernels.codes import HAMMING_TO_QUERY
+from hashevict_vllm.kernels.codes import HAMMING_TO_QUERY, VOTE
 from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, hash_queries
 from hashevict_vllm.kernels.cpu_slots import elements_of, load, tail_of
+from hashevict_vllm.kernels.cpu_votes import cast_votes, mark_losers
 from hashevict_vllm.kernels.jit import inlined, kernel
 
 
@@ -27,6 +28,7 @@ def write_tokens(
     positions,
     slots,
     evict,
+    voters,
     requests,
     block_table,
     projection,
@@ -34,6 +36,7 @@ def write_tokens(
     v_map,
     geometry,
     rule,
+    strengths,
 ):
     """Hash, choose the slot, write K, V, signature and position of single tokens.
 
@@ -50,6 +53,7 @@ def write_tokens(
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to; the number of live slots if evicting.
         evict: bool [n], whether to overwrite the victim instead of appending.
+        voters: bool [n], whether an evicting token's queries vote first.
         requests: int32 [n], rows of the block table.
         block_table: int32 [R, max blocks].
         projection: float32 [D * b], R row-major; empty where the rule hashes nothing.
@@ -57,7 +61,8 @@ def write_tokens(
         v_map: int32 [N, D], the same for V.
         geometry: int64 [9]: H, N, D, W, element stride and word stride of a block,
             first tail word of a page, element kind, b.
-        rule: int64 [4]: sinks, recent, kind of score (`codes`), seed.
+        rule: int64 [6]: sinks, recent, kind of score (`codes`), seed, window, pool.
+        strengths: float32, as `cast_votes`.
 
     """
     heads, block_size, dim, words = geometry[0], geometry[1], geometry[2], geometry[3]
@@ -73,6 +78,19 @@ def write_tokens(
         describe_key(x, projection, dots, rule, description[0])
         slot = np.int64(slots[n])
         if evict[n]:
+            if voters[n]:
+                cast_votes(
+                    tail,
+                    q,
+                    row,
+                    blocks,
+                    slot,
+                    head,
+                    projection,
+                    geometry,
+                    strengths,
+                    scratch,
+                )
             sources = description
             if rule[2] == HAMMING_TO_QUERY:
                 hash_queries(q, row, head, projection, x, dots, geometry, queries)
@@ -183,6 +201,7 @@ def replay_segments(
     v_map,
     geometry,
     rule,
+    strengths,
     budget,
 ):
     """Replay the decode rule for tokens beyond the budget; compact complete segments.
@@ -195,35 +214,56 @@ def replay_segments(
         elements: As `write_tokens`, here only moved.
         tail: As `write_tokens`; holds the piece's signatures and positions already.
         q: Raw elements [T, Hq, D].
-        pieces: int32 [n, 6]: request, start position, count, row, slot, compact.
+        pieces: int32 [n, 7]: request, start position, count, row, slot, compact, first
+            voting token (``count`` if none votes).
         block_table: int32 [R, max blocks].
         projection: As `write_tokens`.
         k_map: int32 [N, D].
         v_map: int32 [N, D].
         geometry: As `write_tokens`.
         rule: As `write_tokens`.
+        strengths: As `write_tokens`.
         budget: C.
 
     """
-    heads = geometry[0]
+    heads, block_size = geometry[0], geometry[1]
+    distance = np.empty(block_size, np.int32)
     for task in range(len(pieces) * heads):
         piece, head = pieces[task // heads], task % heads
         blocks = block_table[piece[0]]
-        _replay_head(
-            elements,
-            tail,
-            q,
-            piece,
-            blocks,
-            head,
-            projection,
-            k_map,
-            geometry,
-            rule,
-            budget,
-        )
+        end = np.int64(piece[4]) + np.int64(piece[2])
+        if rule[2] == VOTE:
+            for i in range(piece[6], piece[2]):
+                cast_votes(
+                    tail,
+                    q,
+                    piece[3] + i,
+                    blocks,
+                    np.int64(piece[4]) + i,
+                    head,
+                    projection,
+                    geometry,
+                    strengths,
+                    distance,
+                )
+            if piece[5]:
+                stop = piece[1] + piece[2]
+                mark_losers(tail, blocks, end, head, stop, geometry, rule, budget)
+        else:
+            _replay_head(
+                elements,
+                tail,
+                q,
+                piece,
+                blocks,
+                head,
+                projection,
+                k_map,
+                geometry,
+                rule,
+                budget,
+            )
         if piece[5]:
-            end = np.int64(piece[4]) + np.int64(piece[2])
             _compact_head(
                 elements, tail, end, blocks, head, k_map, v_map, geometry, budget
             )
@@ -239,8 +279,11 @@ def warm_up(dtype: np.dtype) -> None:
     elements, tail = np.zeros(1, dtype), np.zeros(1, np.int32)
     x = np.zeros((1, 1, 1), dtype)
     none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
-    geometry, rule = np.ones(9, np.int64), np.zeros(4, np.int64)
-    common = (table, np.zeros(1, np.float32), table, table, geometry, rule)
-    no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 6), np.int32)
-    write_tokens(elements, tail, x, x, x, none, none, none, no_flags, none, *common)
+    geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
+    floats = np.zeros(3, np.float32)
+    common = (table, floats, table, table, geometry, rule, floats)
+    no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 7), np.int32)
+    write_tokens(
+        elements, tail, x, x, x, none, none, none, no_flags, no_flags, none, *common
+    )
     replay_segments(elements, tail, x, no_pieces, *common, 1)

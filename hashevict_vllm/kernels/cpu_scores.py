@@ -12,7 +12,13 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from hashevict_vllm.kernels.codes import HAMMING_TO_QUERY, KEY_DIFF, NORM, RANDOM
+from hashevict_vllm.kernels.codes import (
+    HAMMING_TO_QUERY,
+    KEY_DIFF,
+    NORM,
+    RANDOM,
+    VOTE,
+)
 from hashevict_vllm.kernels.cpu_slots import load, load_key, tail_of
 from hashevict_vllm.kernels.jit import inlined
 
@@ -22,7 +28,7 @@ COSINE_UNIT = np.float32(2.0**29)
 
 
 @intrinsic
-def _popcount(typingctx: Any, value: Any) -> Any:
+def popcount(typingctx: Any, value: Any) -> Any:
     """Population count of an int32, as LLVM's ctpop, which vectorises to vpopcntd."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -58,17 +64,23 @@ def hash_row(x, projection, dots, words):
         words[w] = np.int32(word)
 
 
-@inlined
+@njit
 def describe_key(x, projection, dots, rule, words):
     """What a slot keeps of its key x [D] for later scores, into ``words`` [W]."""
     if rule[2] <= HAMMING_TO_QUERY:
         hash_row(x, projection, dots, words)
-    elif rule[2] == NORM:
-        square = np.empty(1, np.float32)
-        square[0] = np.float32(0)
-        for d in range(len(x)):
-            square[0] += x[d] * x[d]
+        return
+    square = np.zeros(1, np.float32)
+    for d in range(len(x)):
+        square[0] += x[d] * x[d]
+    if rule[2] == NORM:
         words[0] = square.view(np.int32)[0]  # orders as the float does
+    elif rule[2] == VOTE:
+        hashed = len(words) - 2
+        hash_row(x, projection, dots, words[:hashed])
+        square[0] = np.sqrt(square[0])
+        words[hashed] = square.view(np.int32)[0]
+        words[hashed + 1] = 0  # no votes yet
 
 
 @njit
@@ -148,7 +160,7 @@ def _score_block(
             for g in range(sources.shape[0]):
                 word = sources[g, w]
                 for i in range(count):
-                    score[i] += _popcount(row[i] ^ word)
+                    score[i] += popcount(row[i] ^ word)
     elif rule[2] == NORM:
         row = tail[base : base + count]
         for i in range(count):
@@ -157,6 +169,11 @@ def _score_block(
         position = tail[base + words * block_size :]
         for i in range(count):
             score[i] = _mix(rule[3], t, position[i])
+    elif rule[2] == VOTE:
+        start = base + (words - 1) * block_size
+        row = tail[start : start + count]
+        for i in range(count):
+            score[i] = _INT32_MAX - row[i]  # bits of votes order as the votes do
     elif rule[2] == KEY_DIFF:
         first = j * block_size
         _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score)

@@ -9,9 +9,11 @@ from hashevict_vllm.policies.key_diff import KeyDiff
 from hashevict_vllm.policies.l2_norm import L2Norm
 from hashevict_vllm.policies.random import Random
 from hashevict_vllm.policies.streaming_llm import StreamingLLM
+from hashevict_vllm.policies.vote import Vote
 
 RULES: dict[tuple[str, str], type[EvictionRule]] = {
     ("hashevict", "instant"): InstantHamming,
+    ("hashevict", "vote"): Vote,
     ("streaming_llm", "recency"): StreamingLLM,
     ("l2_norm", "norm"): L2Norm,
     ("key_diff", "cosine"): KeyDiff,

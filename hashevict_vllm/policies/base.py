@@ -19,6 +19,7 @@ class LiveSlots:
         v: float32 [Hkv, n, D].
         bits: bool [Hkv, n, b], signatures of the keys.
         position: int64 [Hkv, n], absolute positions, distinct in each row.
+        votes: float32 [Hkv, n], what rules that vote have accumulated.
 
     """
 
@@ -26,15 +27,14 @@ class LiveSlots:
     v: torch.Tensor
     bits: torch.Tensor
     position: torch.Tensor
+    votes: torch.Tensor
 
     def __len__(self) -> int:
         return self.k.shape[1]
 
     def first(self, n: int) -> LiveSlots:
-        """The n oldest arrivals."""
-        return LiveSlots(
-            self.k[:, :n], self.v[:, :n], self.bits[:, :n], self.position[:, :n]
-        )
+        """The n oldest arrivals, as views."""
+        return LiveSlots(*(field[:, :n] for field in vars(self).values()))
 
     def append(self, other: LiveSlots) -> LiveSlots:
         """These slots followed by others."""
@@ -46,6 +46,11 @@ class LiveSlots:
                 )
             )
         )
+
+    def only(self, kept: torch.Tensor) -> LiveSlots:
+        """Some slots of every head; ``kept`` is int64 [Hkv, m]."""
+        heads = torch.arange(len(kept))[:, None]
+        return LiveSlots(*(field[heads, kept] for field in vars(self).values()))
 
     def without(self, victim: torch.Tensor) -> LiveSlots:
         """All but one slot of every head; ``victim`` is int64 [Hkv]."""
@@ -92,6 +97,25 @@ class EvictionRule(ABC):
             int64 [Hkv, n], at least 0 and below 2^31; the largest is evicted.
 
         """
+
+    def vote(
+        self, q: torch.Tensor, q_bits: torch.Tensor, slots: LiveSlots, scale: float
+    ) -> None:
+        """Let a query (q [Hkv, G, D]) vote on slots, in place.
+
+        Called for the tokens of `ResolvedKVPolicy.is_voter` only.
+        """
+        raise TypeError(f"{type(self).__name__} takes no votes")
+
+    def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor | None:
+        """Reduce a segment that ends at position ``end`` by one selection.
+
+        Returns:
+            int64 [Hkv, C], indices into ``slots``, ascending; None for rules that
+            replay the decode rule token by token instead.
+
+        """
+        return None
 
     def victim(
         self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int

@@ -77,6 +77,7 @@ class ReferenceLayer:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Design 1.2: evict before attention, then attend. q [1, Hq, D]."""
+        self._vote(q[0], self.t, len(self.slots), scale)
         if len(self.slots) == self.policy.budget:
             self._evict(q[0], k[0], self.t, self.policy.budget)
         self._append(k, v)
@@ -90,12 +91,27 @@ class ReferenceLayer:
         self._append(k, v)
         output = self._attend(q, scale)
         for i in range(len(q)):
+            self._vote(q[i], start + i, arrived + i, scale)
+        if len(self.slots) > self.policy.budget:
+            survivors = self.rule.survivors(self.slots, self.t)
+            if survivors is not None:
+                self.slots = self.slots.only(survivors)
+                return output
+        for i in range(len(q)):
             if arrived == self.policy.budget:
                 # Later tokens of the segment have not arrived yet in the replay.
                 self._evict(q[i], k[i], start + i, arrived)
             else:
                 arrived += 1
         return output
+
+    def _vote(self, q: torch.Tensor, t: int, arrived: int, scale: float) -> None:
+        """Let the query (q [Hq, D]) at position t vote on the slots before it."""
+        if arrived and self.policy.is_voter(t, self.prompt_len):
+            heads = self.slots.k.shape[0]
+            q_bits = signature_bits(q, self.projection).unflatten(0, (heads, -1))
+            grouped = q.unflatten(0, (heads, -1))
+            self.rule.vote(grouped, q_bits, self.slots.first(arrived), scale)
 
     def _evict(self, q: torch.Tensor, k: torch.Tensor, t: int, arrived: int) -> None:
         """Drop the victim of the token (q [Hq, D], k [Hkv, D]) at position t."""
@@ -107,7 +123,8 @@ class ReferenceLayer:
     def _new_slots(self, k: torch.Tensor, v: torch.Tensor) -> LiveSlots:
         position = torch.arange(self.t, self.t + len(k)).expand(k.shape[1], -1)
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-        return LiveSlots(k, v, signature_bits(k, self.projection), position)
+        bits = signature_bits(k, self.projection)
+        return LiveSlots(k, v, bits, position, torch.zeros(k.shape[:2]))
 
     def _append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.slots = self.slots.append(self._new_slots(k, v))

@@ -12,6 +12,8 @@ import openai
 import pytest
 from support.server import BUDGET, MODEL, server_env, vllm_command
 
+from hashevict_vllm.config import POLICY_NAMES
+
 pytestmark = pytest.mark.http
 
 CITIES = ("Lisbon", "Oslo", "Prague", "Vienna", "Dublin", "Athens", "Warsaw", "Bern")
@@ -73,7 +75,7 @@ REFUSED = {
     "unknown policy": (
         ("--kv-policy", "hashevit", *ON[2:]),
         "vllm serve: error: argument --kv-policy: invalid choice: 'hashevit' (choose "
-        "from 'full', 'hashevict')",
+        f"from {', '.join(map(repr, POLICY_NAMES))})",
     ),
     "prefix caching": (
         (*ON, "--enable-prefix-caching"),

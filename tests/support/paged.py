@@ -7,6 +7,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
+from hashevict_vllm.attention.constants import vote_strengths
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.config import ResolvedKVPolicy
@@ -69,8 +70,17 @@ class PagedLayer:
         self.k_map = (d * block_size + slot).astype(np.int32)
         self.v_map = (block_size * head_dim + slot * head_dim + d).astype(np.int32)
         self.rule = np.array(
-            [policy.sinks, policy.recent, rule.kernel_code, policy.seed], np.int64
+            [
+                policy.sinks,
+                policy.recent,
+                rule.kernel_code,
+                policy.seed,
+                policy.window,
+                policy.pool,
+            ],
+            np.int64,
         )
+        self.strengths = vote_strengths(policy, 1.0)
 
     def step(
         self, chunks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -98,6 +108,7 @@ class PagedLayer:
             self.v_map,
             self.pages.kernel_geometry,
             self.rule,
+            self.strengths,
         )
         cpu.write_tokens(
             self.pages.elements,
@@ -109,6 +120,7 @@ class PagedLayer:
             arrays["positions"],
             arrays["slots"],
             arrays["evict"],
+            arrays["voters"],
             arrays["requests"],
             *common,
         )
