@@ -98,9 +98,10 @@ def _download(command: list[str], directory: Path) -> None:
 
 @functools.cache
 def ruler_settings() -> tuple[dict[str, Any], dict[str, Any]]:
-    """RULER's base tasks (templates) and its 13 configurations, as the wheel has them.
+    """RULER's base tasks (templates) and the settings of its 13 configurations.
 
-    The configurations are YAML of two levels and scalars: read without a YAML library.
+    The latter are YAML of nested mappings of scalars: read without a YAML library, and
+    flat.
     """
     module = ast.parse(RULER.read(_RULER + "constants.py"))
     (templates,) = (
@@ -145,7 +146,7 @@ class Question:
     Attributes:
         query: The question.
         answers: Strings of which one must appear in the answer.
-        gold: Indices of the documents that hold the answer.
+        gold: Indices of its documents, those that hold the answer first.
         related: Indices of documents on the same subject.
 
     """
@@ -183,9 +184,13 @@ def squad() -> tuple[list[Question], list[str]]:
 
 @functools.cache
 def hotpotqa() -> tuple[list[Question], list[str]]:
-    """Questions and documents of HotpotQA, as RULER reads them."""
+    """Questions and documents of HotpotQA, as RULER reads them; facts come first."""
     entries = json.loads(RULER.read(_RULER + "json/hotpotqa.json"))
-    texts = [[f"{title}\n{''.join(p)}" for title, p in e["context"]] for e in entries]
+    texts = []
+    for entry in entries:
+        facts = {title for title, _ in entry["supporting_facts"]}
+        pages = sorted(entry["context"], key=lambda page: page[0] not in facts)
+        texts.append([f"{title}\n{''.join(page)}" for title, page in pages])
     documents = sorted({text for group in texts for text in group})
     index = {document: i for i, document in enumerate(documents)}
     questions = [

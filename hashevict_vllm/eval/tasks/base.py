@@ -138,6 +138,11 @@ def chat(tokenizer: Tokenizer, user: str) -> str:
     )
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of the start of a sequence; a chat template writes its own BOS."""
+    return list(tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template))
+
+
 def spoken(tokenizer: Tokenizer, opening: str) -> str:
     """The opening of an answer: a chat turn does not begin with a space."""
     return opening.strip() if tokenizer.chat_template else opening.rstrip()

@@ -1,0 +1,214 @@
+"""From samples to one figure per policy and budget; fixed before anything was run.
+
+1. *Task, relative to the full cache* on the same samples: mean score over mean score.
+   Perplexity tasks: exp(NLL of the full cache - NLL), which is the full cache's
+   perplexity over the policy's, at positions from the budget on.
+2. A *weak* task is one on which the full cache itself scores under `WEAK` (20 %): its
+   accuracy says nothing. It is figured by the gold answer's NLL, as above, listed
+   apart, and not part of 3 and 4.
+3. *Family*: unweighted mean of its tasks that are not weak; a family with none of them
+   is listed apart as well.
+4. *Mean*: unweighted mean of the families. A second figure, ``mean (all)``, takes the
+   weak tasks in, by their NLL.
+
+1 means as good as the full cache; values above 1 are kept. The intervals are 95 %
+percentile bootstraps over samples, drawn for the policy and the full cache together
+(the same questions), for every task on its own. Which tasks are weak is decided on all
+samples, once per length.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hashevict_vllm.eval.records import Record
+from hashevict_vllm.eval.tasks.base import Task
+
+WEAK = 0.2
+RESAMPLES = 2000
+
+
+Cell = dict[str, dict[tuple, Record]]
+"""Records of one policy, budget and length, by task and by (seed, index)."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % interval and the number of samples behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One policy at one budget and nominal length, relative to the full cache.
+
+    Attributes:
+        policy: Its label.
+        budget: Tokens; None is the full cache.
+        length: Nominal length.
+        tasks: Per task.
+        families: Per family, weak tasks left out.
+        mean: Over the families; None if all tasks are weak, or some have no samples.
+        mean_all: Over the families, weak tasks included by their NLL; None if some
+            tasks have no samples.
+        raw: Per task that has scores, their plain mean.
+        nll: Per task, mean NLL of the gold answer.
+
+    """
+
+    policy: str
+    budget: int | None
+    length: int
+    tasks: dict[str, Figure]
+    families: dict[str, Figure]
+    mean: Figure | None
+    mean_all: Figure | None
+    raw: dict[str, float]
+    nll: dict[str, float]
+
+    @property
+    def share(self) -> float:
+        """Budget as a share of the nominal length."""
+        return 1.0 if self.budget is None else self.budget / self.length
+
+
+def aggregate(
+    records: Iterable[Record], tasks: dict[str, Task]
+) -> tuple[list[Line], dict[int, list[str]]]:
+    """Lines of the report, and the weak tasks by nominal length.
+
+    Records must be of one model and dtype, and a label mean one policy (`latest`);
+    several seeds are pooled.
+    """
+    by_cell: dict[tuple, Cell] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        cell = by_cell[record["policy"], record["budget"], record["length"]]
+        cell[record["task"]][record["seed"], record["index"]] = record
+    full = {key[2]: cell for key, cell in by_cell.items() if key[1] is None}
+    weak = {
+        length: [
+            name
+            for name in tasks
+            if name in cell
+            and tasks[name].metric == "score"
+            and np.mean([r["score"]["score"] for r in cell[name].values()]) < WEAK
+        ]
+        for length, cell in full.items()
+    }
+    order = sorted(by_cell, key=lambda k: (k[2], k[0] != "full", k[0], k[1] or 0))
+    lines = [
+        _line(key, by_cell[key], full[key[2]], weak[key[2]], tasks)
+        for key in order
+        if key[2] in full
+    ]
+    return lines, weak
+
+
+def _line(
+    key: tuple, cell: Cell, full: Cell, weak: list[str], tasks: dict[str, Task]
+) -> Line:
+    label, budget, length = key
+    rng = np.random.default_rng(0)
+    pairs = {
+        name: [(cell[name][i], full[name][i]) for i in sorted(cell[name]) if i in both]
+        for name in tasks
+        if (both := cell.get(name, {}).keys() & full.get(name, {}).keys())
+    }
+    by_nll = {name for name in pairs if tasks[name].metric != "score" or name in weak}
+    drawn = {
+        name: _drawn(found, budget, name in by_nll, rng)
+        for name, found in pairs.items()
+    }
+    counts = {name: len(found) for name, found in pairs.items()}
+    strong = _families(drawn, counts, tasks, [n for n in drawn if n not in weak])
+    every = _families(drawn, counts, tasks, list(drawn))
+    finished = all(name in drawn for name in tasks if name in full)
+    return Line(
+        label,
+        budget,
+        length,
+        {name: _figure(values, counts[name]) for name, values in drawn.items()},
+        {family: _figure(*value) for family, value in strong.items()},
+        _mean(strong) if strong and finished else None,
+        _mean(every) if finished else None,
+        {
+            name: float(np.mean([r["score"]["score"] for r, _ in found]))
+            for name, found in pairs.items()
+            if tasks[name].metric == "score"
+        },
+        {
+            name: float(np.mean([_nll(record, budget) for record, _ in found]))
+            for name, found in pairs.items()
+        },
+    )
+
+
+Drawn = np.ndarray
+"""A relative figure on all samples, then on `RESAMPLES` resamples of them."""
+
+
+def _drawn(
+    pairs: list[tuple[Record, Record]],
+    budget: int | None,
+    by_nll: bool,
+    rng: np.random.Generator,
+) -> Drawn:
+    """Relative figures of a task, from a policy's records and the full cache's."""
+    n = len(pairs)
+    picks = np.vstack([np.arange(n), rng.integers(n, size=(RESAMPLES, n))])
+    if by_nll:
+        values = np.array([[_nll(r, budget) for r in pair] for pair in pairs])
+        ours, base = values[picks].mean(axis=1).T
+        return np.exp(base - ours)
+    values = np.array([[r["score"]["score"] for r in pair] for pair in pairs])
+    ours, base = values[picks].mean(axis=1).T
+    # A resample on which the full cache scores nothing has no ratio.
+    return np.divide(ours, base, out=np.full_like(ours, np.nan), where=base > 0)
+
+
+Families = dict[str, tuple[Drawn, int]]
+"""Figures and numbers of samples."""
+
+
+def _families(
+    drawn: dict[str, Drawn],
+    counts: dict[str, int],
+    tasks: dict[str, Task],
+    names: list[str],
+) -> Families:
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        grouped[tasks[name].family].append(name)
+    return {
+        family: (
+            np.mean([drawn[name] for name in members], axis=0),
+            sum(counts[name] for name in members),
+        )
+        for family, members in grouped.items()
+    }
+
+
+def _nll(record: Record, budget: int | None) -> float:
+    """NLL per token of the gold answer; of prose, at positions from the budget on."""
+    if "logprobs" not in record or budget is None:
+        return record["score"]["nll"]
+    counted = record["logprobs"][max(0, budget - record["first_position"]) :]
+    return -sum(counted) / len(counted)  # a budget is below the nominal length
+
+
+def _mean(families: Families) -> Figure:
+    values = np.mean([values for values, _ in families.values()], axis=0)
+    return _figure(values, sum(n for _, n in families.values()))
+
+
+def _figure(drawn: Drawn, n: int) -> Figure:
+    low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
+    return Figure(float(drawn[0]), float(low), float(high), n)

@@ -1,0 +1,115 @@
+"""The served engine, in this process, and the requests that tasks make of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hashevict_vllm.eval.tasks.base import Output, Sample
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What all engines of a run share.
+
+    Attributes:
+        model: Directory of the model.
+        dtype: vLLM's ``dtype``.
+        batch: Requests at a time.
+        kv_gib: Size of the KV pool in GiB.
+        block_size: Tokens of a KV block; a budget holds at least one beside the
+            protected tokens, so that small budgets want small blocks.
+
+    """
+
+    model: str
+    dtype: str = "auto"
+    batch: int = 8
+    kv_gib: float = 2.0
+    block_size: int = 32
+
+
+@contextlib.contextmanager
+def engine(
+    options: EngineOptions, policy: dict[str, Any], max_model_len: int
+) -> Iterator[Any]:
+    """An `LLM` with a policy (``{"name": "full"}`` is stock vLLM); shut down after."""
+    import torch
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from hashevict_vllm.config import kv_policy
+    from hashevict_vllm.eval.forcing import ENGINE_OPTIONS
+
+    # On CPUs vLLM binds threads of its own; torch's pool, if it was in use before,
+    # would spin on the same cores and slow decode down twentyfold.
+    torch.set_num_threads(1)
+    llm = LLM(
+        options.model,
+        dtype=options.dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=options.batch,
+        block_size=options.block_size,
+        kv_cache_memory_bytes=int(options.kv_gib * 2**30),
+        enforce_eager=True,
+        disable_log_stats=True,
+        additional_config=kv_policy(**policy),
+        **({"enable_prefix_caching": False} if policy["name"] == "full" else {}),
+        **ENGINE_OPTIONS,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory(shutdown_ray=False)
+
+
+def answer(llm: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Output]:
+    """Run the requests of some samples together.
+
+    A sample makes one request for its free answer, if it wants one, and one per
+    continuation that is scored.
+    """
+    from hashevict_vllm.eval.forcing import forced_params, token_logprobs
+
+    requests = []
+    for sample in samples:
+        if sample.free:
+            params = forced_params(sample.opening, sample.free, sample.stop)
+            requests.append((sample.prompt, params))
+        for continuation in sample.forced:
+            requests.append((sample.prompt, forced_params(continuation.tokens)))
+    results = iter(
+        llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in requests],
+            [params for _, params in requests],
+            use_tqdm=False,
+        )
+    )
+    outputs = []
+    for sample in samples:
+        text, ids, free = "", [], []
+        if sample.free:
+            completion = next(results).outputs[0]
+            skip = len(sample.opening)
+            ids = list(completion.token_ids)[skip:]
+            free = token_logprobs(completion)[skip:]
+            text = _until(tokenizer.decode(ids, skip_special_tokens=True), sample.stop)
+        logprobs = [
+            token_logprobs(next(results).outputs[0])[continuation.scored_from :]
+            for continuation in sample.forced
+        ]
+        outputs.append(Output(text, ids, free, logprobs))
+    return outputs
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    for end in stop:
+        text = text.partition(end)[0]
+    return text

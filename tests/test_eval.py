@@ -1,0 +1,405 @@
+"""The evaluation harness: forcing, tasks, scores, runner and report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import VOCAB, make_llama, random_prompt
+
+from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.eval import data, grid
+from hashevict_vllm.eval.aggregate import aggregate
+from hashevict_vllm.eval.engine import EngineOptions, answer, engine
+from hashevict_vllm.eval.records import KEY_FIELDS, Store, latest
+from hashevict_vllm.eval.report import write_report
+from hashevict_vllm.eval.runner import Runner
+from hashevict_vllm.eval.tasks import choice, reasoning, retrieval, summarisation
+from hashevict_vllm.eval.tasks.base import (
+    Continuation,
+    Output,
+    Sample,
+    Task,
+    largest,
+)
+
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = make_llama(tmp_path_factory.mktemp("eval") / "model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
+    assert len(vocabulary) <= VOCAB
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, model_max_length=1 << 30)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sources() -> Iterator[None]:
+    """Stand-ins for the source texts: the tests of tasks download nothing."""
+    sentences = [f"Sentence number {i} says that it is {i}." for i in range(400)]
+    documents = [f"Fact {i}: the colour of town {i} is shade {i}." for i in range(40)]
+    questions = [
+        data.Question(
+            f"What is the colour of town {i}?",
+            (f"shade {i:02}",),
+            (i,),
+            tuple(j for j in range(40) if j != i),
+        )
+        for i in range(40)
+    ]
+    template = {
+        "template": "Read.\n{context}\nWhat about {query}?",
+        "answer_prefix": " Answer:",
+        "tokens_to_generate": 24,
+    }
+    bases = {name: template for name in _BASES}
+    settings = {name: dict(_SETTINGS) for name in _CONFIGURATIONS}
+    settings["niah_multikey_2"]["type_haystack"] = "needle"
+    settings["niah_single_1"]["type_haystack"] = "repeat"
+    items = [
+        {"question": f"What is {i} and 1?", "answer": f"<<{i}+1>>It is.\n#### {i + 1}"}
+        for i in range(300)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "ruler_settings", lambda: (bases, settings))
+        patch.setattr(data, "essays", lambda: sentences)
+        patch.setattr(data, "squad", lambda: (questions, documents))
+        patch.setattr(data, "hotpotqa", lambda: (questions, documents))
+        patch.setattr(data, "gsm8k", lambda: items)
+        patch.setattr(data, "prose", lambda: ["\n\n".join(sentences) * 3])
+        patch.setattr(data, "word_list", lambda kind: [f"{kind}{i}" for i in range(99)])
+        yield
+
+
+_BASES = ("niah", "variable_tracking", "common_words_extraction")
+_BASES += ("freq_words_extraction", "qa")
+_CONFIGURATIONS = [task.name.partition("/")[2] for task in retrieval.TASKS]
+_SETTINGS = {
+    "type_haystack": "essay",
+    "type_needle_k": "words",
+    "type_needle_v": "numbers",
+    "num_needle_k": 2.0,
+    "num_needle_v": 1.0,
+    "num_needle_q": 1.0,
+    "num_chains": 1.0,
+    "num_hops": 2.0,
+    "num_cw": 3.0,
+    "alpha": 2.0,
+    "dataset": "squad",
+}
+ALL = retrieval.TASKS + reasoning.TASKS + choice.TASKS + summarisation.TASKS
+
+
+# --- forcing -------------------------------------------------------------------------
+
+
+def test_forced_tokens_have_the_log_probabilities_of_transformers(
+    model: Path, tokenizer: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prompts = [random_prompt(100, seed) for seed in range(3)]
+    golds = [random_prompt(40, seed + 9) for seed in range(3)]
+    samples = [
+        Sample(i, prompt, opening=gold[:3], free=5, forced=(Continuation(gold, 4),))
+        for i, (prompt, gold) in enumerate(zip(prompts, golds, strict=True))
+    ]
+    options = EngineOptions(str(model), "float32", batch=4, kv_gib=0.0625)
+    with engine(options, {"name": "full"}, 256) as llm:
+        outputs = answer(llm, tokenizer, samples)
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for prompt, gold, output in zip(prompts, golds, outputs, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + gold])).logits[0]
+        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs[torch.arange(len(gold)), torch.tensor(gold)]
+        assert len(output.logprobs[0]) == len(gold) - 4
+        assert sum(output.logprobs[0]) == pytest.approx(
+            float(expected[4:].sum()), abs=1e-3
+        )
+        # After its opening the free answer is the model's own choice.
+        with torch.no_grad():
+            free = reference(torch.tensor([prompt + gold[:3]])).logits[0, -1]
+        assert output.token_ids[0] == int(free.argmax())
+
+
+def test_forcing_refuses_what_is_not_a_list_of_tokens() -> None:
+    from vllm import SamplingParams
+
+    from hashevict_vllm.eval.forcing import FORCED, ForcedTokens
+
+    ForcedTokens.validate_params(SamplingParams(extra_args={FORCED: [1, 2]}))
+    with pytest.raises(ValueError, match="expected a list of token ids"):
+        ForcedTokens.validate_params(SamplingParams(extra_args={FORCED: "1"}))
+
+
+# --- tasks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ALL, ids=lambda task: task.name)
+def test_samples_are_well_formed_and_fit_the_nominal_length(
+    task: Task, tokenizer: Any
+) -> None:
+    length = 4 * LENGTH  # a byte is a token here
+    samples = task.samples(3, length, 0, tokenizer)
+    assert [sample.index for sample in samples] == [0, 1, 2]
+    assert len({tuple(sample.prompt) for sample in samples}) == 3
+    for sample in samples:
+        assert length // 2 <= sample.length <= length
+        assert sample.free or sample.forced
+        assert bool(sample.forced) != task.uses_reference
+        for continuation in sample.forced:
+            assert 0 <= continuation.scored_from < len(continuation.tokens)
+        if task.family in ("retrieval", "reasoning"):
+            gold = sample.forced[0]
+            assert gold.tokens[: gold.scored_from] == sample.opening
+            text = tokenizer.decode(gold.tokens)
+            matched = sample.answers if task.family == "retrieval" else ()
+            assert all(answer in text for answer in matched)
+    # More samples extend a run; another seed is another sample.
+    assert task.samples(1, length, 0, tokenizer) == samples[:1]
+    assert task.samples(1, length, 1, tokenizer) != samples[:1]
+
+
+def test_needles_are_in_the_prompt(tokenizer: Any) -> None:
+    for task in retrieval.TASKS[:8]:
+        (sample,) = task.samples(1, 2048, 0, tokenizer)
+        text = tokenizer.decode(sample.prompt)
+        assert all(f"is: {value}." in text for value in sample.answers)
+
+
+def test_late_questions_are_decoded_not_read(tokenizer: Any) -> None:
+    early, late = (task.samples(1, 1024, 0, tokenizer)[0] for task in choice.TASKS)
+    assert early.answers == late.answers
+    assert "What about" in tokenizer.decode(early.prompt)
+    assert "What about" not in tokenizer.decode(late.prompt)
+    for a, b in zip(early.forced, late.forced, strict=True):
+        assert early.prompt + a.tokens == late.prompt + b.tokens
+        assert a.tokens[a.scored_from :] == b.tokens[b.scored_from :]
+
+
+def test_the_largest_size_that_fits_is_found() -> None:
+    assert largest(1, 100, lambda size: size <= 37) == 37
+    assert largest(1, 100, lambda size: True) == 100
+    with pytest.raises(ValueError, match="too short"):
+        largest(1, 100, lambda size: False)
+
+
+# --- scores --------------------------------------------------------------------------
+
+
+def test_string_match_counts_the_gold_strings_found() -> None:
+    answers = ("Blue", "12345")
+    assert retrieval.string_match("it is blue", answers, any_of=False) == 0.5
+    assert retrieval.string_match("it is blue", answers, any_of=True) == 1.0
+    assert retrieval.string_match("none", answers, any_of=True) == 0.0
+
+
+def test_final_numbers_are_read_as_gsm8k_writes_them() -> None:
+    assert reasoning.final_number("3 + 4\n#### 1,007") == "1007"
+    assert reasoning.final_number("so the answer is $18.00.") == "18"
+    assert reasoning.final_number("#### -5\n#### 6") == "-5"
+    assert reasoning.final_number("none") is None
+    assert reasoning.solution("2+2=<<2+2=4>>4 eggs") == "2+2=4 eggs"
+
+
+def test_choice_takes_the_likeliest_option_per_token() -> None:
+    sample = Sample(0, [1], answers=("a", "b", "c", "d"))
+    right = Output(logprobs=[[-1.0, -1.0], [-1.5], [-2.0], [-3.0]])
+    wrong = Output(logprobs=[[-1.0, -1.0], [-0.5], [-2.0], [-3.0]])
+    assert choice.score(sample, right) == {"score": 1.0, "nll": 1.0}
+    assert choice.score(sample, wrong)["score"] == pytest.approx(-1 / 3)
+
+
+def test_options_are_different_answers_of_the_same_article() -> None:
+    import random
+
+    question = data.squad()[0][7]
+    found = choice.options(question, random.Random(0))
+    assert found[0] == "shade 07"
+    assert len(set(found)) == choice.OPTIONS
+
+
+def test_summaries_are_compared_with_the_full_cache() -> None:
+    pytest.importorskip("rouge_score")
+    own = Output("the cat sat", [1], [-0.5], [])
+    assert summarisation.rouge_score(Sample(0, [1]), own)["score"] == 1.0
+    sample = Sample(0, [1], answers=("the cat sat",))
+    other = Output("the dog sat", [1], [-0.5], [[-2.0]])
+    score = summarisation.rouge_score(sample, other)
+    assert score == {"score": pytest.approx(2 / 3), "nll": 2.0}
+
+
+# --- grid ----------------------------------------------------------------------------
+
+
+def test_policies_are_read_from_names_pairs_and_json() -> None:
+    assert grid.parse_policy("paper").options["preset"] == "paper"
+    held = grid.parse_policy("hashevict:segment=prompt,hash_bits=32")
+    assert held.options == {"name": "hashevict", "segment": "prompt", "hash_bits": 32}
+    named = grid.parse_policy('{"name": "hashevict", "label": "ours"}', "segment=64")
+    assert (named.label, named.options["segment"]) == ("ours segment=64", 64)
+    assert grid.parse_policy("full", "segment=64").options == {"name": "full"}
+    with pytest.raises(KVPolicyError, match="did you mean 'hash_bits'"):
+        grid.parse_policy("hashevict:hash_bit=32")
+    for name in grid.default_policies():
+        grid.parse_policy(name)
+
+
+def test_equal_budgets_share_an_engine_and_the_full_cache_comes_first() -> None:
+    policies = [grid.parse_policy("hashevict"), grid.parse_policy("full")]
+    engines = grid.cells(policies, ["50%", "512", "2000"], ["t"], [1024, 2048])
+    found = [(p.label, b, [c.length for c in cells]) for p, b, cells in engines]
+    assert found == [
+        ("full", None, [1024, 2048]),
+        ("hashevict", 512, [1024, 2048]),
+        ("hashevict", 1024, [2048]),
+        ("hashevict", 2000, [2048]),
+    ]
+
+
+# --- aggregate -----------------------------------------------------------------------
+
+
+def _record(policy: str, task: str, index: int, score: float, nll: float) -> dict:
+    budget = None if policy == "full" else 2
+    values = ["m", "auto", {"name": policy}, budget, task, 4, 0, index]
+    return {
+        **dict(zip(KEY_FIELDS, values, strict=True)),
+        "policy": policy,
+        "score": {"score": score, "nll": nll},
+        "versions": {},
+    }
+
+
+def test_the_mean_is_over_families_without_weak_tasks() -> None:
+    names = ("a/one", "a/two", "b/weak", "c/text")
+    tasks = {name: Task(name, None, None) for name in names}  # type: ignore[arg-type]
+    tasks["c/text"] = Task("c/text", None, None, "perplexity")  # type: ignore[arg-type]
+    full = {"a/one": 1.0, "a/two": 0.5, "b/weak": 0.1}
+    mine = {"a/one": 0.5, "a/two": 0.5, "b/weak": 0.0}
+    records = [
+        _record(policy, name, index, scores[name], nll)
+        for policy, scores, nll in (("full", full, 1.0), ("p", mine, 1.5))
+        for name in scores
+        for index in range(4)
+    ]
+    for policy, values in (("full", [1, 1, 2, 2]), ("p", [9, 9, 3, 3])):
+        record = _record(policy, "c/text", 0, 0.0, 0.0)
+        record |= {"logprobs": [-v for v in values], "first_position": 0}
+        record["score"] = {"nll": sum(values) / 4}
+        records.append(record)
+    lines, weak = aggregate(records, tasks)
+    assert weak == {4: ["b/weak"]}
+    line = next(line for line in lines if line.policy == "p")
+    assert line.families["a"].value == pytest.approx(0.75)
+    assert line.tasks["b/weak"].value == pytest.approx(math.exp(-0.5))
+    # Of prose, only positions from the budget (2) on count.
+    assert line.families["c"].value == pytest.approx(math.exp(-1))
+    assert set(line.families) == {"a", "c"}
+    assert line.mean is not None
+    assert line.mean.value == pytest.approx((0.75 + math.exp(-1)) / 2)
+    assert line.mean.low <= line.mean.value <= line.mean.high
+    expected = (0.75 + math.exp(-0.5) + math.exp(-1)) / 3
+    assert line.mean_all is not None
+    assert line.mean_all.value == pytest.approx(expected)
+
+
+def test_intervals_widen_with_the_spread_of_samples() -> None:
+    tasks = {"a/one": Task("a/one", None, None)}  # type: ignore[arg-type]
+    records = [_record("full", "a/one", i, 1.0, 1.0) for i in range(20)]
+    records += [_record("p", "a/one", i, float(i % 2), 1.0) for i in range(20)]
+    figure = aggregate(records, tasks)[0][1].tasks["a/one"]
+    assert figure.value == 0.5
+    assert figure.n == 20
+    assert 0.2 < figure.low < 0.4 < 0.6 < figure.high < 0.8
+
+
+def test_an_unfinished_policy_has_no_mean() -> None:
+    tasks = {n: Task(n, None, None) for n in ("a/one", "b/two")}  # type: ignore[arg-type]
+    records = [_record("full", name, i, 1.0, 1.0) for name in tasks for i in range(3)]
+    records += [_record("p", "a/one", i, 1.0, 1.0) for i in range(3)]
+    line = aggregate(records, tasks)[0][1]
+    assert line.families["a"].value == 1.0
+    assert line.mean is None
+    assert line.mean_all is None
+
+
+def test_results_of_older_options_stay_out_of_the_report() -> None:
+    full = _record("full", "a/one", 0, 1.0, 1.0)
+    old, new = (_record("p", "a/one", 0, score, 1.0) for score in (0.0, 1.0))
+    old["options"] = {"name": "p", "hash_bits": 16}
+    assert latest([full, old, new]) == [full, new]
+
+
+# --- runner --------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_where_it_stopped_and_reported(
+    model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rouge_score")
+    names = ("retrieval/niah_single_2", "choice/squad_late", *_SUMMARISATION)
+    tasks = {task.name: task for task in ALL if task.name in names}
+    policies = [
+        grid.parse_policy("hashevict:recent=8"),
+        grid.parse_policy('{"name": "hashevict", "recent": 500, "label": "refused"}'),
+    ]
+    engines = grid.cells(policies, ["25%"], list(tasks), [LENGTH])
+    options = EngineOptions(str(model), "float32", batch=4, kv_gib=0.0625)
+    store = Store(tmp_path / "results.jsonl")
+    Runner(options, store, samples=2, tasks=tasks).run(engines)
+    text = store.path.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert len(lines) == 2 * 2 * len(tasks)  # the refused policy has none
+    for line in lines:
+        assert line["score"]["nll"] > 0
+        assert line["versions"]["torch"]
+        assert line["tokens"] <= LENGTH
+
+    # Cut in the middle of the last line: only that sample is run again.
+    store.path.write_text(text[:-20])
+    resumed = Store(store.path)
+    assert len(resumed.records) == len(lines) - 1
+    Runner(options, resumed, samples=2, tasks=tasks).run(engines)
+    again = [json.loads(line) for line in store.path.read_text().splitlines()]
+    assert [_timeless(line) for line in again] == [_timeless(line) for line in lines]
+
+    report = write_report(again, tasks, tmp_path, "command").read_text()
+    assert "| hashevict:recent=8 | 128 (25%) |" in report
+    assert "refused" not in report
+    for plot in ("mean", "summarisation"):
+        assert (tmp_path / f"{plot}-{LENGTH}.png").stat().st_size > 1000
+
+
+_SUMMARISATION = ("summarisation/rouge", "summarisation/prose")
+
+
+def _timeless(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key != "seconds"}
