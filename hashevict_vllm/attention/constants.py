@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.policies import make_rule
+
+logger = logging.getLogger("vllm.hashevict_vllm.attention")
 
 if TYPE_CHECKING:
     from hashevict_vllm.cache.spec import BudgetedAttentionSpec
@@ -74,6 +77,7 @@ class KernelConstants:
         projection = make_projection(
             spec.head_size, rule.projected_bits, policy.seed, policy.orthogonal
         )
+        logger.info("Loading eviction kernels; a first start compiles them (< 1 min).")
         cpu.warm_up(np.dtype(f"u{spec.dtype.itemsize}"))
         return cls(
             projection=projection.numpy().ravel(),
