@@ -76,7 +76,7 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "no protection": (0, 1, 2, 16),
     "token by token": (1, 0),
     "votes": (0, 3, 2, 2),
-    "votes, prompt held": (0, 3, 3, 1),
+    "votes, prompt held": (0, 3, 4, 0),
     "one query head": (1, 0, 3, 2),
     "one query head, reference": (0, 1, 1, 1),
     "one query head, prompt held": (1, 0, 4, 8),

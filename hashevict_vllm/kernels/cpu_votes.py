@@ -128,8 +128,8 @@ def cast_votes(
 def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
     """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
 
-    Votes are max-pooled over positions up to ``rule[5] // 2`` away; sinks and positions
-    of at least ``end - recent`` are protected; ties keep the newer slot.
+    Votes are max-pooled over positions up to ``rule[5] // 2`` away, and stay so; sinks
+    and positions of at least ``end - recent`` are protected; ties keep the newer slot.
     """
     block_size, words = geometry[1], geometry[3]
     position = np.empty(num_slots, np.int32)
@@ -152,6 +152,9 @@ def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
                 best = max(best, votes[order[j]])
                 j += step
         pooled[i] = best
+        slot = order[i]
+        at = tail_of(blocks, slot, head, geometry) + slot % block_size
+        as_float[at + (words - 1) * block_size] = best
     ranked = np.argsort(pooled, kind="mergesort")
     left = num_slots - budget
     for i in ranked:

@@ -53,10 +53,15 @@ class Vote(EvictionRule):
         return 2**31 - 1 - slots.votes.contiguous().view(torch.int32).to(torch.int64)
 
     def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor:
-        """Protected slots, then those with the most votes in their neighbourhood."""
+        """Protected slots, then those with the most votes in their neighbourhood.
+
+        A neighbourhood's votes become those of its slots, in place: in decode each slot
+        is judged alone, and what was kept for its neighbours would go first.
+        """
         position = slots.position
         near = (position[:, :, None] - position[:, None]).abs() <= self.policy.pool // 2
         pooled = torch.where(near, slots.votes[:, None], 0.0).amax(-1)
+        slots.votes.copy_(pooled)
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
         )
