@@ -77,10 +77,17 @@ class BudgetedImplMixin:
         """
         if attn_metadata is None:
             return output
-        pages = self._pages_of(kv_cache)
-        constants = attn_metadata.constants
-        block_table = attn_metadata.block_table
+        pages, constants = self._pages_of(kv_cache), attn_metadata.constants
         raw_q, raw_k, raw_v = _raw(query), _raw(key), _raw(value)
+        common = (
+            attn_metadata.block_table,
+            constants.projection,
+            constants.k_map,
+            constants.v_map,
+            pages.kernel_geometry,
+            constants.rule,
+            constants.strengths,
+        )
         for step in attn_metadata.rounds:
             cpu.write_tokens(
                 pages.elements,
@@ -94,13 +101,7 @@ class BudgetedImplMixin:
                 step.evict,
                 step.voters,
                 step.requests,
-                block_table,
-                constants.projection,
-                constants.k_map,
-                constants.v_map,
-                pages.kernel_geometry,
-                constants.rule,
-                constants.strengths,
+                *common,
             )
             self._attend(layer, query, key, value, kv_cache, step, output)
             if len(step.replay):
@@ -109,13 +110,7 @@ class BudgetedImplMixin:
                     pages.tail,
                     raw_q,
                     step.replay,
-                    block_table,
-                    constants.projection,
-                    constants.k_map,
-                    constants.v_map,
-                    pages.kernel_geometry,
-                    constants.rule,
-                    constants.strengths,
+                    *common,
                     self.policy.budget,
                 )
         return output
