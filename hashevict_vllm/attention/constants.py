@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 
 
+def rule_array(policy: ResolvedKVPolicy) -> np.ndarray:
+    """What kernels know of a rule: int64 [5], sinks, recent, kind, seed, pool."""
+    code = make_rule(policy).kernel_code
+    numbers = [policy.sinks, policy.recent, code, policy.seed, policy.pool]
+    return np.array(numbers, np.int64)
+
+
 def vote_strengths(policy: ResolvedKVPolicy, scale: float) -> np.ndarray:
     """What votes are weighed with: softmax scale, decay, cos(pi h / b) for all h.
 
@@ -41,7 +48,7 @@ class KernelConstants:
         projection: float32 [D * b], row-major.
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
-        rule: int64 [6]: sinks, recent, kind of score, seed, window, pool.
+        rule: int64 [5], see `rule_array`.
         strengths: float32 [2 + b + 1], see `vote_strengths`.
 
     """
@@ -83,16 +90,6 @@ class KernelConstants:
             projection=projection.numpy().ravel(),
             k_map=k_map.astype(np.int32),
             v_map=v_map.astype(np.int32),
-            rule=np.array(
-                [
-                    policy.sinks,
-                    policy.recent,
-                    rule.kernel_code,
-                    policy.seed,
-                    policy.window,
-                    policy.pool,
-                ],
-                np.int64,
-            ),
+            rule=rule_array(policy),
             strengths=vote_strengths(policy, layer.impl.scale),
         )

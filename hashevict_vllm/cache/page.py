@@ -72,8 +72,8 @@ class PageGeometry:
     @property
     def page_bytes(self) -> int:
         """Bytes of K/V and tail."""
-        slots = self.num_kv_heads * self.block_size
-        return self.kv_bytes + slots * (self.words + 1) * WORD_BYTES
+        tail = tail_bytes(self.num_kv_heads, self.block_size, self.words)
+        return self.kv_bytes + tail
 
 
 class LayerPages:
@@ -146,16 +146,4 @@ class LayerPages:
                 projected_bits,
             ],
             np.int64,
-        )
-
-    def tail_view(self) -> np.ndarray:
-        """The metadata as int32 [B, H, W + 1, N]; row W holds the positions."""
-        g = self.geometry
-        rows = g.words + 1
-        blocks = (len(self.tail) * WORD_BYTES - g.page_bytes) // g.block_stride + 1
-        item = WORD_BYTES
-        return np.lib.stride_tricks.as_strided(
-            self.tail[g.kv_bytes // WORD_BYTES :],
-            (blocks, g.num_kv_heads, rows, g.block_size),
-            (g.block_stride, rows * g.block_size * item, g.block_size * item, item),
         )

@@ -55,12 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         os.environ.setdefault(key, value)
     from hashevict_vllm.config import KVPolicyError
-    from hashevict_vllm.eval.data import DataError
+    from hashevict_vllm.downloads import DownloadError
     from hashevict_vllm.models import ModelFetchError
 
     try:
         _run(options)
-    except (KVPolicyError, DataError, ModelFetchError) as error:
+    except (KVPolicyError, DownloadError, ModelFetchError) as error:
         sys.exit(f"hashevict-vllm: {error}")
 
 

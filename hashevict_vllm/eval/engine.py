@@ -39,7 +39,6 @@ def engine(
     """An `LLM` with a policy (``{"name": "full"}`` is stock vLLM); shut down after."""
     import torch
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     from hashevict_vllm.config import kv_policy
     from hashevict_vllm.eval.forcing import ENGINE_OPTIONS
@@ -63,10 +62,16 @@ def engine(
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory(shutdown_ray=False)
+        shut_down(llm)
+
+
+def shut_down(llm: Any) -> None:
+    """End an in-process engine, so that this process can start another."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory(shutdown_ray=False)
 
 
 def answer(llm: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Output]:

@@ -61,7 +61,7 @@ def write_tokens(
         v_map: int32 [N, D], the same for V.
         geometry: int64 [9]: H, N, D, W, element stride and word stride of a block,
             first tail word of a page, element kind, b.
-        rule: int64 [6]: sinks, recent, kind of score (`codes`), seed, window, pool.
+        rule: int64 [5]: sinks, recent, kind of score (`codes`), seed, pool.
         strengths: float32, as `cast_votes`.
 
     """
@@ -279,7 +279,7 @@ def warm_up(dtype: np.dtype) -> None:
     elements, tail = np.zeros(1, dtype), np.zeros(1, np.int32)
     x = np.zeros((1, 1, 1), dtype)
     none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
-    geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
+    geometry, rule = np.ones(9, np.int64), np.zeros(5, np.int64)
     floats = np.zeros(3, np.float32)
     common = (table, floats, table, table, geometry, rule, floats)
     no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 7), np.int32)

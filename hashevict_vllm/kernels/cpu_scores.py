@@ -64,22 +64,26 @@ def hash_row(x, projection, dots, words):
         words[w] = np.int32(word)
 
 
+@inlined
+def square_of(x):
+    """‖x‖² of float32 [D]."""
+    square = np.float32(0)
+    for d in range(len(x)):
+        square += x[d] * x[d]
+    return square
+
+
 @njit
 def describe_key(x, projection, dots, rule, words):
     """What a slot keeps of its key x [D] for later scores, into ``words`` [W]."""
     if rule[2] <= HAMMING_TO_QUERY:
         hash_row(x, projection, dots, words)
-        return
-    square = np.zeros(1, np.float32)
-    for d in range(len(x)):
-        square[0] += x[d] * x[d]
-    if rule[2] == NORM:
-        words[0] = square.view(np.int32)[0]  # orders as the float does
+    elif rule[2] == NORM:
+        words.view(np.float32)[0] = square_of(x)  # its bits order as the float does
     elif rule[2] == VOTE:
         hashed = len(words) - 2
         hash_row(x, projection, dots, words[:hashed])
-        square[0] = np.sqrt(square[0])
-        words[hashed] = square.view(np.int32)[0]
+        words.view(np.float32)[hashed] = np.sqrt(square_of(x))
         words[hashed + 1] = 0  # no votes yet
 
 
@@ -107,10 +111,7 @@ def _mix(seed, t, position):
 @inlined
 def _inverse_norm(x):
     """1 / ‖x‖ of float32 [D]."""
-    square = np.float32(0)
-    for d in range(len(x)):
-        square += x[d] * x[d]
-    return np.float32(1) / np.sqrt(square)
+    return np.float32(1) / np.sqrt(square_of(x))
 
 
 @njit
@@ -190,7 +191,7 @@ def find_victim(
     """
     block_size, words = geometry[1], geometry[3]
     lowest, highest = np.int32(rule[0]), np.int32(t - 1 - rule[1])
-    mean = np.empty(geometry[2], np.float32)
+    mean = np.empty(geometry[2] if rule[2] == KEY_DIFF else 0, np.float32)
     if rule[2] == KEY_DIFF:
         _mean_direction(elements, tail, blocks, num_slots, head, k_map, geometry, mean)
     best, best_position, best_block = np.int32(-1), _INT32_MAX, 0

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from hashevict_vllm.kernels.cpu_scores import hash_row, popcount
+from hashevict_vllm.kernels.cpu_scores import hash_row, popcount, square_of
 from hashevict_vllm.kernels.cpu_slots import load, tail_of
 from hashevict_vllm.kernels.jit import inlined
 
@@ -100,11 +100,8 @@ def cast_votes(
     cosines = strengths[2:]
     for g in range(group):
         load(q[row, head * group + g], geometry[7], x)
-        square = np.float32(0)
-        for d in range(len(x)):
-            square += x[d] * x[d]
         hash_row(x, projection, dots, source)
-        strength = strengths[0] * np.sqrt(square)
+        strength = strengths[0] * np.sqrt(square_of(x))
         top = np.float32(-np.inf)
         for first in range(0, num_slots, block_size):
             end = min(first + block_size, num_slots)
@@ -128,7 +125,7 @@ def cast_votes(
 def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
     """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
 
-    Votes are max-pooled over positions up to ``rule[5] // 2`` away, and stay so; sinks
+    Votes are max-pooled over positions up to ``rule[4] // 2`` away, and stay so; sinks
     and positions of at least ``end - recent`` are protected; ties keep the newer slot.
     """
     block_size, words = geometry[1], geometry[3]
@@ -140,7 +137,7 @@ def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
         position[slot] = tail[at + words * block_size]
         votes[slot] = as_float[at + (words - 1) * block_size]
     order = np.argsort(position)
-    reach = rule[5] // 2
+    reach = rule[4] // 2
     pooled = np.empty(num_slots, np.float32)
     for i in range(num_slots):
         best = votes[order[i]]

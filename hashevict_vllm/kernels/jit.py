@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba import njit
+
+from hashevict_vllm.downloads import cache_dir
 
 logger = logging.getLogger("vllm.hashevict_vllm.kernels")
 
@@ -26,13 +27,9 @@ def _sources_digest() -> str:
 
 
 def _cache_root() -> Path:
-    """``$NUMBA_CACHE_DIR``, or a folder in ``$HASHEVICT_CACHE`` or the user's cache."""
-    if named := numba.config.CACHE_DIR:
-        return Path(named)
-    if own := os.environ.get("HASHEVICT_CACHE"):
-        return Path(own) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "hashevict-vllm" / "kernels"
+    """``$NUMBA_CACHE_DIR``, or a folder in this package's cache."""
+    named = numba.config.CACHE_DIR
+    return Path(named) if named else cache_dir() / "kernels"
 
 
 def kernel(function: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ def engine(
 ) -> Iterator[Any]:
     """An `LLM` with the policy, float32 and one request at a time unless overridden."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     from hashevict_vllm.config import kv_policy
+    from hashevict_vllm.eval.engine import shut_down
 
     options: dict[str, Any] = {
         "dtype": "float32",
@@ -37,10 +36,7 @@ def engine(
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory(shutdown_ray=False)
+        shut_down(llm)
 
 
 def greedy(

@@ -7,9 +7,9 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from hashevict_vllm.attention.constants import vote_strengths
+from hashevict_vllm.attention.constants import rule_array, vote_strengths
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
-from hashevict_vllm.cache.page import LayerPages, tail_bytes
+from hashevict_vllm.cache.page import WORD_BYTES, LayerPages, tail_bytes
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.projection import make_projection
@@ -22,6 +22,18 @@ def raw(x: torch.Tensor) -> np.ndarray:
     """Bits of a float tensor as unsigned integers."""
     bits = torch.int32 if x.element_size() == 4 else torch.int16
     return x.contiguous().view(bits).numpy().view(f"u{x.element_size()}")
+
+
+def tail_view(pages: LayerPages) -> np.ndarray:
+    """The metadata as int32 [B, H, W + 1, N]; row W holds the positions."""
+    g, item = pages.geometry, WORD_BYTES
+    rows = g.words + 1
+    blocks = (len(pages.tail) * item - g.page_bytes) // g.block_stride + 1
+    return np.lib.stride_tricks.as_strided(
+        pages.tail[g.kv_bytes // item :],
+        (blocks, g.num_kv_heads, rows, g.block_size),
+        (g.block_stride, rows * g.block_size * item, g.block_size * item, item),
+    )
 
 
 class PagedLayer:
@@ -69,17 +81,7 @@ class PagedLayer:
         # K transposed and V row-major, as vLLM's "vec" kernels keep them.
         self.k_map = (d * block_size + slot).astype(np.int32)
         self.v_map = (block_size * head_dim + slot * head_dim + d).astype(np.int32)
-        self.rule = np.array(
-            [
-                policy.sinks,
-                policy.recent,
-                rule.kernel_code,
-                policy.seed,
-                policy.window,
-                policy.pool,
-            ],
-            np.int64,
-        )
+        self.rule = rule_array(policy)
         self.strengths = vote_strengths(policy, 1.0)
 
     def step(
@@ -142,7 +144,7 @@ class PagedLayer:
         blocks, offsets = self.block_table[request][slots // self.block_size], slots
         offsets = offsets % self.block_size
         words = self.words
-        meta = self.pages.tail_view()[blocks, :, :, offsets]  # [n, H, W + 1]
+        meta = tail_view(self.pages)[blocks, :, :, offsets]  # [n, H, W + 1]
         cells = self.kv_cache.flatten(2).view(len(self.kv_cache), self.heads, -1)
         position = torch.from_numpy(meta[:, :, words].copy()).T
         order = position.argsort(dim=1)
