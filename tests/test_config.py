@@ -33,7 +33,7 @@ def test_no_options_and_full_both_mean_stock_vllm(options):
 def test_a_name_and_a_budget_are_enough():
     config = policy()
     assert config.enabled
-    assert (config.budget, config.hash_bits, config.segment) == (1024, 64, 256)
+    assert (config.budget, config.hash_bits, config.segment) == (1024, 64, 4096)
 
 
 def test_a_validated_config_cannot_be_changed():
@@ -94,7 +94,7 @@ def test_an_unknown_key_with_no_near_name_lists_the_valid_keys():
         ({**ON, "preset": "papers"}, "--kv-policy-config.preset"),
         ({**ON, "scoring": "instance"}, "--kv-policy-config.scoring"),
         ({**ON, "hash_source": "value"}, "--kv-policy-config.hash_source"),
-        ({**ON, "hash_bits": 4}, "--kv-policy-config.hash_bits"),
+        ({**ON, "hash_bits": 0}, "--kv-policy-config.hash_bits"),
         ({**ON, "hash_bits": 132}, "--kv-policy-config.hash_bits"),
         ({**ON, "hash_bits": 18}, "--kv-policy-config.hash_bits"),
         ({**ON, "hash_bits": "x"}, "--kv-policy-config.hash_bits"),
@@ -104,6 +104,11 @@ def test_an_unknown_key_with_no_near_name_lists_the_valid_keys():
         ({**ON, "segment": 0}, "--kv-policy-config.segment"),
         ({**ON, "segment": "prompts"}, "--kv-policy-config.segment"),
         ({**ON, "seed": []}, "--kv-policy-config.seed"),
+        ({**ON, "window": 0}, "--kv-policy-config.window"),
+        ({**ON, "vote_every": 0}, "--kv-policy-config.vote_every"),
+        ({**ON, "decay": 1.5}, "--kv-policy-config.decay"),
+        ({**ON, "hash_source": "query"}, "--kv-policy-config.hash_source"),
+        ({**ON, "preset": "paper", "pool": 3}, "--kv-policy-config.pool"),
     ],
 )
 def test_a_wrong_value_is_refused_with_a_sentence_that_names_its_flag(options, flag):
@@ -111,6 +116,18 @@ def test_a_wrong_value_is_refused_with_a_sentence_that_names_its_flag(options, f
     assert text.startswith(f"{flag}: ")
     assert text.endswith((".", "?"))
     assert "\n" not in text
+
+
+def test_sinks_default_to_what_the_rule_needs():
+    assert (policy().sinks, policy(scoring="instant").sinks) == (16, 4)
+    assert policy(preset="paper").sinks == 4
+    assert KVPolicyConfig.from_dict({**ON, "name": "streaming_llm"}).sinks == 4
+
+
+def test_a_token_must_stay_until_a_query_has_voted_on_it():
+    assert policy(recent=8, vote_every=8).resolve(8192, 128).recent == 8
+    with pytest.raises(KVPolicyError, match="recent: 7 tokens is less than vote_every"):
+        policy(recent=7, vote_every=8).resolve(8192, 128)
 
 
 def test_options_that_are_not_a_dict_are_refused():

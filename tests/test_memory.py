@@ -73,7 +73,7 @@ def test_blocks_held_never_exceed_the_contract(
 def test_no_block_leaks_after_300_requests_with_aborts_and_preemptions(
     llama: Path,
 ) -> None:
-    policy = {"budget": 96, "segment": 32, "sinks": 0, "recent": 0}
+    policy = {"budget": 96, "segment": 32, "sinks": 0, "recent": 8}
     with engine(
         llama,
         policy,
@@ -135,8 +135,7 @@ def test_a_pool_that_cannot_hold_the_bounded_need_is_refused_at_start(
     [
         {"hash_bits": 8},
         {"hash_bits": 64},
-        {"hash_bits": 128},
-        {"scoring": "vote", "hash_bits": 64},
+        {"scoring": "instant", "hash_bits": 128},
     ],
     ids=str,
 )

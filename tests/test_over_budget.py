@@ -31,56 +31,49 @@ class Case:
     lengths: tuple[int, ...] = LENGTHS
 
 
+INSTANT = {"scoring": "instant", "segment": 64}
+
 CASES = (
-    Case("budget a multiple of the block", {"budget": 192}),
-    Case("budget off the block", {"budget": 201, "segment": 64}),
+    Case("default", {"budget": 201}),
+    Case("budget a multiple of the block", {"budget": 192}, 64),
     Case("large blocks", {"budget": 201}, 128),
+    Case("segments", {"budget": 201, "segment": 64}),
+    Case("long segments", {"budget": 192, "segment": 256}),
     Case("8 bits", {"budget": 160, "hash_bits": 8, "segment": 64}),
-    Case("paper", {"budget": 160, "preset": "paper", "segment": 64}),
-    Case("128 bits", {"budget": 160, "hash_bits": 128, "segment": 64}),
-    Case("reference", {"budget": 201, "preset": "reference"}),
-    Case("prompt held", {"budget": 201, "segment": "prompt"}),
-    Case("prompt held, large blocks", {"budget": 192, "segment": "prompt"}, 128),
-    Case("no protection", {"budget": 96, "sinks": 0, "recent": 0, "segment": 32}),
-    Case("votes", {"budget": 201, "segment": 64, "scoring": "vote"}),
+    Case("128 bits", {"budget": 160, "hash_bits": 128}),
     Case(
-        "votes, prompt held",
-        {"budget": 201, "segment": "prompt", "scoring": "vote"},
-        128,
+        "no sinks",
+        {"budget": 96, "sinks": 0, "recent": 8, "segment": 32, "orthogonal": False},
+    ),
+    Case(
+        "every query votes",
+        {"budget": 160, "vote_every": 1, "window": 64, "pool": 1, "segment": 128},
     ),
     Case("token by token", {"budget": 100, "segment": 1}, lengths=(60, 180)),
-    Case("one query head", {"budget": 201, "segment": 64}, model="llama_mha"),
+    Case("paper", {"budget": 160, "preset": "paper", "segment": 64}),
+    Case("reference", {"budget": 201, "preset": "reference", "segment": 256}),
+    Case("instant", {**INSTANT, "budget": 201}),
+    Case("instant, 128 bits", {**INSTANT, "budget": 160, "hash_bits": 128}, 64),
+    Case("instant, prompt held", {**INSTANT, "budget": 192, "segment": "prompt"}, 128),
+    Case(
+        "instant, no protection",
+        {"scoring": "instant", "budget": 96, "sinks": 0, "recent": 0, "segment": 32},
+    ),
+    Case(
+        "instant, token by token",
+        {"scoring": "instant", "budget": 100, "segment": 1},
+        lengths=(60, 180),
+    ),
+    Case("one query head", {"budget": 201}, model="llama_mha"),
+    Case("one query head, segments", {"budget": 160, "segment": 64}, model="llama_mha"),
     Case(
         "one query head, reference",
         {"budget": 160, "preset": "reference", "segment": 64},
-        128 // 4,
-        model="llama_mha",
-    ),
-    Case(
-        "one query head, prompt held",
-        {"budget": 201, "segment": "prompt"},
         model="llama_mha",
     ),
 )
 
-SEEDS: dict[str, tuple[int, ...]] = {
-    "budget a multiple of the block": (1, 0, 3, 4),
-    "budget off the block": (0, 1, 3, 15),
-    "large blocks": (0, 1, 8, 22),
-    "8 bits": (0, 0, 1, 1),
-    "paper": (0, 0, 0, 1),
-    "128 bits": (0, 1, 5, 15),
-    "reference": (0, 0, 0, 2),
-    "prompt held": (0, 1, 3, 3),
-    "prompt held, large blocks": (1, 0, 10, 3),
-    "no protection": (0, 1, 2, 16),
-    "token by token": (1, 0),
-    "votes": (0, 3, 2, 2),
-    "votes, prompt held": (0, 3, 4, 0),
-    "one query head": (1, 0, 3, 2),
-    "one query head, reference": (0, 1, 1, 1),
-    "one query head, prompt held": (1, 0, 4, 8),
-}
+SEEDS: dict[str, tuple[int, ...]] = {}
 """Seeds of prompts whose continuation rounding noise leaves alone, per length; from
 ``python -m support.find_prompts``, which asks the oracle and not the engine."""
 

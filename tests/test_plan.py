@@ -10,9 +10,9 @@ from hashevict_vllm.attention.plan import Piece, cut_chunk, occupied_slots
 
 policies = st.builds(
     lambda budget, segment: resolve(
-        {"budget": budget, "segment": segment, "sinks": 0, "recent": 0}
+        {"budget": budget, "segment": segment, "sinks": 0, "recent": 8}
     ),
-    st.integers(32, 200),
+    st.integers(40, 200),
     st.sampled_from([1, 32, 64, 160, "prompt"]),
 )
 
@@ -51,6 +51,16 @@ def test_slots_and_reductions_do_not_depend_on_how_the_prompt_is_chunked(
     one = chunks_of(policy, total, prompt_len, [total])
     many = chunks_of(policy, total, prompt_len, sizes)
     assert per_token(one) == per_token(many)
+
+    def voters(pieces: list[Piece]) -> list[int]:
+        return [
+            p.start + i
+            for p in pieces
+            for i in range(p.first_voter, p.count, max(p.ballots, 1))
+        ]
+
+    assert voters(one) == voters(many)
+    assert one == [] or max(p.ballots for p in one) in (0, policy.vote_every)
 
     def reductions(pieces: list[Piece]) -> list[int]:
         return [p.start + p.count for p in pieces if p.compact]
