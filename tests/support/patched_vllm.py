@@ -60,17 +60,21 @@ def make_copy(directory: Path) -> Path:
 
 
 def apply(patches: list[Path], directory: Path) -> None:
-    """Apply diffs to the sources in ``directory``, exactly or not at all."""
-    done = subprocess.run(
+    """Apply diffs to the sources in ``directory``, exactly or not at all.
+
+    Raises:
+        subprocess.CalledProcessError: If one does not fit.
+
+    """
+    subprocess.run(
         ["git", "apply", *map(str, patches)],
         cwd=directory,
         # Not the index of a repository that happens to be around the directory.
         env={**os.environ, "GIT_CEILING_DIRECTORIES": str(directory.parent)},
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
-    assert done.returncode == 0, done.stderr
 
 
 def _link(source: Path, target: Path, own: set[str], name: str) -> None:
