@@ -65,7 +65,7 @@ def budgeted_backend(
         return backend
     from vllm.config import get_current_vllm_config
 
-    from hashevict_vllm.compat import policy_of
+    from hashevict_vllm.compat import block_size_of, policy_of
 
     vllm_config = get_current_vllm_config()
     config = policy_of(vllm_config.additional_config)
@@ -73,7 +73,6 @@ def budgeted_backend(
         return backend
     from hashevict_vllm.attention.backend import wrap_backend
 
-    policy = config.resolve(
-        vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
-    )
+    max_model_len = vllm_config.model_config.max_model_len
+    policy = config.resolve(max_model_len, block_size_of(vllm_config))
     return wrap_backend(backend, policy)

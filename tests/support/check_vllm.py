@@ -1,7 +1,8 @@
 """Checks releases of vLLM against the contract and our diffs, without importing them.
 
 Run by ``scripts/check-vllm [VERSION...]``: fetches each release's wheel from PyPI (a
-third of a GB, kept in the cache directory) and reads its sources.
+third of a GB, kept in the cache directory) and reads its sources. With ``--run`` tests
+are run on them as well, on a CPU (`support.overlay`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import hashevict_vllm
 from hashevict_vllm.downloads import DownloadError, fetch_wheel
 from support.contract import ALL_FACTS, Sources, check, imported_names, relevant, wheel
+from support.overlay import make_overlay, overlay_env
 from support.patched_vllm import PATCHES, apply, patches_of, touched_files
 
 PACKAGE = Path(hashevict_vllm.__file__).parent
@@ -49,6 +51,18 @@ def broken_patches(sources: Sources) -> list[str]:
     return sentences
 
 
+def run_tests(version: str, arguments: list[str]) -> int:
+    """Exit status of pytest on a release's sources."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_overlay(fetch_wheel(f"vllm=={version}"), Path(folder))
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            cwd=PACKAGE.parent,
+            env=overlay_env(Path(folder)),
+            check=False,
+        ).returncode
+
+
 def main() -> None:
     """Command line: exit status 1 if anything is broken."""
     known = sorted(path.name.removeprefix("vllm-") for path in PATCHES.glob("vllm-*"))
@@ -60,8 +74,15 @@ def main() -> None:
         metavar="VERSION",
         help=f"releases such as 0.33.0 (default: {' '.join(known)})",
     )
-    broken = []
-    for version in parser.parse_args().versions:
+    parser.add_argument(
+        "--run",
+        nargs=argparse.REMAINDER,
+        metavar="PYTEST-ARGUMENT",
+        help="run these tests on each release's Python code with the installed kernels",
+    )
+    arguments = parser.parse_args()
+    broken, failed = [], False
+    for version in arguments.versions:
         try:
             sources = wheel(fetch_wheel(f"vllm=={version}"))
         except DownloadError as error:
@@ -71,8 +92,10 @@ def main() -> None:
         diffs = len(patches_of(version))
         print(f"vLLM {version}: {count} facts, {diffs} diffs, {len(found)} broken.")
         broken += found
+        if arguments.run is not None:
+            failed |= run_tests(version, arguments.run) != 0
     print("\n".join(broken), end="\n" if broken else "")
-    sys.exit(bool(broken))
+    sys.exit(bool(broken) or failed)
 
 
 if __name__ == "__main__":

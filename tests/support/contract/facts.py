@@ -333,7 +333,23 @@ CONFIG = (
         has=(
             *("block_size", "cache_dtype", "enable_prefix_caching", "sliding_window"),
             *("kv_sharing_fast_prefill", "kv_offloading_size"),
+            "user_specified_block_size",
         ),
+    ),
+    Fact(
+        "vllm/platforms/cpu.py:CpuPlatform.check_and_update_config",
+        "compat.block_size_of foresees this default",
+        says=("not cache_config.user_specified_block_size", "block_size = 128"),
+        only="0.32",
+    ),
+    Fact(
+        "vllm/platforms/cpu.py:CpuPlatform.update_block_size_for_backend",
+        "compat.block_size_of foresees this default",
+        says=(
+            "not cache_config.user_specified_block_size",
+            "cls._preferred_block_size_for_backends(backend_classes, 128, vllm_config)",
+        ),
+        only="0.33",
     ),
     Fact(
         "vllm/config/parallel.py:ParallelConfig",
