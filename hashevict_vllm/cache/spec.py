@@ -16,6 +16,7 @@ from hashevict_vllm.policies import make_rule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,14 @@ class BudgetedAttentionSpec(AttentionSpec):
         """Bytes of the largest request: the bound while its prompt is being read."""
         max_model_len = vllm_config.model_config.max_model_len
         return self.prefill_blocks(max_model_len) * self.page_size_bytes
+
+    def describe_capacity(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> str | None:
+        """What the pool buys, for vLLM's log: see `cache.capacity`."""
+        from hashevict_vllm.cache.capacity import describe_capacity
+
+        return describe_capacity(vllm_config, kv_cache_config)
 
 
 # At import, so that every process that unpickles a spec knows its manager

@@ -15,12 +15,15 @@
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
 Every module has an idempotent ``apply()``; with the policy off, a patched function
-does what the original does.
+does what the original does. ``in_vllm()`` says whether this vLLM was built with the
+upstream counterpart in ``patches/``: then ``apply()`` uses that extension point, and
+patches nothing.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 PATCHES = (
     "engine_args",
@@ -35,5 +38,14 @@ PATCHES = (
 def apply_all() -> None:
     """Apply every patch of `PATCHES`; calling it again changes nothing."""
     for name in PATCHES:
-        # Imported here: each of them imports the vLLM module that it patches.
-        importlib.import_module(f"{__name__}.{name}").apply()
+        _module(name).apply()
+
+
+def in_vllm() -> dict[str, bool]:
+    """For each of `PATCHES`, whether this vLLM has the upstream counterpart."""
+    return {name: _module(name).in_vllm() for name in PATCHES}
+
+
+def _module(name: str) -> Any:
+    # Imported here: each of them imports the vLLM module that it patches.
+    return importlib.import_module(f"{__name__}.{name}")

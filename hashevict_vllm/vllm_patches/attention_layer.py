@@ -6,7 +6,7 @@ calls when the model brings no backend of its own. Why there: the current `VllmC
 is set, the layer's kind is known, and vLLM's own choice (with its per-process cache) is
 made first and stays untouched, so policy on and off never mix.
 
-Upstream fix: let a KV-cache policy in `VllmConfig` wrap the selected backend.
+Upstream fix: patches/*/attention_layer.patch, ``Attention.backend_wrappers``.
 """
 
 from __future__ import annotations
@@ -16,31 +16,56 @@ from typing import Any
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 
+def in_vllm() -> bool:
+    """Whether vLLM lets plugins wrap a layer's backend."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    return hasattr(Attention, "backend_wrappers")
+
+
 def apply() -> None:
     """Patch once per process."""
     from vllm.model_executor.layers.attention import attention
 
-    if not hasattr(attention.get_attn_backend, "hashevict_stock"):
+    if in_vllm():
+        wrappers = attention.Attention.backend_wrappers
+        if budgeted_backend not in wrappers:
+            wrappers.append(budgeted_backend)
+    elif not hasattr(attention.get_attn_backend, "hashevict_stock"):
         attention.get_attn_backend = _wrap(attention.get_attn_backend)
 
 
 def _wrap(stock: Any) -> Any:
     def get_attn_backend(*args: Any, **kwargs: Any) -> type[AttentionBackend]:
         backend = stock(*args, **kwargs)
-        if kwargs.get("has_sliding_window") or kwargs.get("use_mla"):
+        # Attention.__init__ passes all three by keyword (tests/support/contract).
+        if kwargs["use_mla"] or kwargs["has_sliding_window"]:
             return backend
-        if kwargs.get("attn_type") not in (None, AttentionType.DECODER):
-            return backend
-        return _budgeted(backend)
+        return budgeted_backend(backend, attn_type=kwargs["attn_type"])
 
     get_attn_backend.hashevict_stock = stock  # type: ignore[attr-defined]
     return get_attn_backend
 
 
-def _budgeted(backend: Any) -> type[AttentionBackend]:
+def budgeted_backend(
+    backend: Any, *, attn_type: str, sliding_window: int | None = None
+) -> type[AttentionBackend]:
+    """The backend of a full-attention decoder layer, bounded where a policy is on.
+
+    Args:
+        backend: What vLLM selected for the layer.
+        attn_type: The layer's `AttentionType`.
+        sliding_window: Its window; None for full attention.
+
+    Returns:
+        ``backend`` itself for other layers, or with the policy off.
+
+    """
+    if sliding_window is not None or attn_type != AttentionType.DECODER:
+        return backend
     from vllm.config import get_current_vllm_config
 
-    from hashevict_vllm.compat import policy_of
+    from hashevict_vllm.compat import block_size_of, policy_of
 
     vllm_config = get_current_vllm_config()
     config = policy_of(vllm_config.additional_config)
@@ -48,7 +73,6 @@ def _budgeted(backend: Any) -> type[AttentionBackend]:
         return backend
     from hashevict_vllm.attention.backend import wrap_backend
 
-    policy = config.resolve(
-        vllm_config.model_config.max_model_len, vllm_config.cache_config.block_size
-    )
+    max_model_len = vllm_config.model_config.max_model_len
+    policy = config.resolve(max_model_len, block_size_of(vllm_config))
     return wrap_backend(backend, policy)

@@ -7,8 +7,8 @@ before each of the three is called: by ``AsyncEngineArgs.add_cli_args`` for the
 parser of ``vllm serve``, which ``vllm`` builds before that of any other command with
 engine arguments (vllm/entrypoints/cli/main.py), and by ``EngineArgs.__post_init__``.
 
-Upstream fix: a hook with which a general plugin adds an argument group whose values
-go to ``additional_config``.
+Upstream fix: patches/*/engine_args.patch, ``EngineArgs.extensions``. `PolicyExtension`
+is written for that hook; where vLLM has none, `apply` puts its calls in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -30,57 +29,80 @@ if TYPE_CHECKING:
 _APPLIED = "_kv_policy_patched"
 
 
-def apply() -> None:
-    """Patch the three methods; subclasses such as ``AsyncEngineArgs`` inherit them."""
-    from vllm.engine.arg_utils import EngineArgs
+class PolicyExtension:
+    """The policy's part of the engine arguments."""
 
-    if hasattr(EngineArgs, _APPLIED):
-        return
-    patches: dict[str, Any] = {
-        "add_cli_args": staticmethod(_add_cli_args(EngineArgs.add_cli_args)),
-        "from_cli_args": classmethod(_from_cli_args(EngineArgs.from_cli_args.__func__)),
-        "create_engine_config": _create_engine_config(EngineArgs.create_engine_config),
-        _APPLIED: True,
-    }
-    for name, value in patches.items():
-        setattr(EngineArgs, name, value)
+    def add_cli_args(self, parser: argparse.ArgumentParser) -> None:
+        """Add the ``--kv-policy`` options."""
+        cli.add_kv_policy_args(parser)
 
-
-def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return cli.add_kv_policy_args(original(parser))
-
-    return add_cli_args
-
-
-def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineArgs]:
-    @functools.wraps(original)
-    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-        engine_args = original(cls, args)
+    def read_cli_args(self, engine_args: EngineArgs, args: argparse.Namespace) -> None:
+        """Turn them into the policy dict of ``additional_config``."""
         flags = cli.kv_policy_given(args)
         if flags or _names_policy(engine_args.additional_config):
             _show_refusals_without_traceback()
         if flags:
             _store(engine_args, cli.kv_policy_from_namespace(args))
+
+    def before_engine_config(self, engine_args: EngineArgs) -> None:
+        """Change the defaults that a policy cannot live with."""
+        if compat.policy_of(engine_args.additional_config).enabled:
+            compat.default_prefix_caching_off(engine_args)
+
+    def check_engine_config(self, vllm_config: VllmConfig) -> None:
+        """Refuse what the policy cannot serve."""
+        compat.check(vllm_config)
+
+
+def in_vllm() -> bool:
+    """Whether vLLM lets plugins extend the engine arguments."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return hasattr(EngineArgs, "extensions")
+
+
+def apply() -> None:
+    """Extend `EngineArgs`; subclasses such as ``AsyncEngineArgs`` inherit it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if hasattr(EngineArgs, _APPLIED):
+        return
+    extension = PolicyExtension()
+    if in_vllm():
+        EngineArgs.extensions.append(extension)
+    else:
+        _patch(EngineArgs, extension)
+    setattr(EngineArgs, _APPLIED, True)
+
+
+def _patch(target: Any, extension: PolicyExtension) -> None:
+    """Make the three methods call the extension, as patched vLLM would."""
+    add_cli_args = target.add_cli_args
+    from_cli_args = target.from_cli_args.__func__
+    create_engine_config = target.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def patched_add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_cli_args(parser)
+        extension.add_cli_args(parser)
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def patched_from(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        engine_args = from_cli_args(cls, args)
+        extension.read_cli_args(engine_args, args)
         return engine_args
 
-    return from_cli_args
-
-
-def _create_engine_config(
-    original: Callable[..., VllmConfig],
-) -> Callable[..., VllmConfig]:
-    @functools.wraps(original)
-    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        if not compat.policy_of(self.additional_config).enabled:
-            return original(self, *args, **kwargs)
-        compat.default_prefix_caching_off(self)
-        vllm_config = original(self, *args, **kwargs)
-        compat.check(vllm_config)
+    @functools.wraps(create_engine_config)
+    def patched_create(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        extension.before_engine_config(self)
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        extension.check_engine_config(vllm_config)
         return vllm_config
 
-    return create_engine_config
+    target.add_cli_args = staticmethod(patched_add)
+    target.from_cli_args = classmethod(patched_from)
+    target.create_engine_config = patched_create
 
 
 def _names_policy(additional_config: Any) -> bool:

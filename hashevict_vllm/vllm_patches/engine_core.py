@@ -4,7 +4,7 @@ Where: the name ``update_kv_cache_capacity`` in ``vllm/v1/engine/core.py``, whic
 stock vLLM's own capacity line once per engine. Why then: the pool's size is final, and
 no request has been admitted.
 
-Upstream fix: let a spec describe its capacity in that line.
+Upstream fix: patches/*/engine_core.patch, ``KVCacheSpec.describe_capacity``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ from __future__ import annotations
 from typing import Any
 
 
+def in_vllm() -> bool:
+    """Whether vLLM asks a spec for its capacity line."""
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    return hasattr(KVCacheSpec, "describe_capacity")
+
+
 def apply() -> None:
-    """Patch once per process."""
+    """Patch once per process; `BudgetedAttentionSpec` has the method already."""
     from vllm.v1.engine import core
 
+    if in_vllm():
+        return
     stock = core.update_kv_cache_capacity
     if hasattr(stock, "hashevict_stock"):
         return

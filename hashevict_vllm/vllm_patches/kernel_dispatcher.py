@@ -6,7 +6,7 @@ It expects ``vars(value)`` to be a dict; llvmlite's ``ffi.lib`` answers any attr
 (a second engine in one process, a script that uses numba) ends it with an
 `AttributeError`. Why then: the scan runs in ``init_worker``, before a model is loaded.
 
-Upstream fix: the scan should skip values whose ``__dict__`` is not a mapping.
+Upstream fix: patches/*/kernel_dispatcher.patch, ``_instance_dict``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,16 @@ def _vars(value: Any) -> Mapping[str, Any]:
     return namespace if isinstance(namespace, Mapping) else {}
 
 
+def in_vllm() -> bool:
+    """Whether vLLM's scan survives such values."""
+    from vllm.triton_utils import dispatcher
+
+    return hasattr(dispatcher, "_instance_dict")
+
+
 def apply() -> None:
     """Patch once per process."""
     from vllm.triton_utils import dispatcher
 
-    dispatcher.vars = _vars
+    if not in_vllm():
+        dispatcher.vars = _vars

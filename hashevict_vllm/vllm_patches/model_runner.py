@@ -6,7 +6,8 @@ Where: ``GPUModelRunner._build_attention_metadata`` in
 only; model runner V2 always does. Why then: the batch is final, and the lengths are
 needed by `hashevict_vllm.attention.metadata` during this call only.
 
-Upstream fix: fill the field always, as model runner V2 does.
+Upstream fix: patches/*/model_runner.patch fills the field always, as model runner V2
+does, and says so in ``always_passes_prompt_lens``.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ def current_prompt_lens() -> torch.Tensor | None:
     return _PROMPT_LENS.get()
 
 
+def in_vllm() -> bool:
+    """Whether model runner V1 passes the prompt lengths itself."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    return getattr(GPUModelRunner, "always_passes_prompt_lens", False)
+
+
 def apply() -> None:
     """Patch once per process."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    if in_vllm():
+        return
     stock = GPUModelRunner._build_attention_metadata
     if hasattr(stock, "hashevict_stock"):
         return

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -46,6 +46,17 @@ class Server:
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout
         )
 
+    def chat(self, model: str, question: str, tokens: int = 16) -> str:
+        """A greedy answer."""
+        with self.client() as client:
+            answer = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question}],
+                max_tokens=tokens,
+                temperature=0,
+            )
+        return answer.choices[0].message.content or ""
+
     def log(self) -> str:
         """Everything logged so far."""
         return self.log_path.read_text(errors="replace")
@@ -77,19 +88,35 @@ def server_env() -> dict[str, str]:
     return {**clean, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-@contextlib.contextmanager
-def serve(model: Path, *flags: str, log_path: Path) -> Iterator[Server]:
-    """Run ``vllm serve MODEL FLAGS`` on a free port until the block ends."""
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(f"http://127.0.0.1:{port}", log_path)
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serve(
+    model: Path, *flags: str, log_path: Path, env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run ``vllm serve MODEL FLAGS`` on a free port until the block ends."""
+    port = free_port()
     command = [vllm_command(), "serve", str(model), *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
+    with run(command, port, log_path, {**server_env(), **(env or {})}) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def run(
+    command: Sequence[str], port: int, log_path: Path, env: Mapping[str, str]
+) -> Iterator[Server]:
+    """Run a command that serves on a port until the block ends."""
+    server = Server(f"http://127.0.0.1:{port}", log_path)
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command,
-            env=server_env(),
+            env=env,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -105,7 +132,7 @@ def _wait_for_health(server: Server, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"vllm serve ended at start:\n{server.log()}")
+            raise RuntimeError(f"The server ended at start:\n{server.log()}")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{server.url}/health").is_success:
                 return

@@ -1,0 +1,27 @@
+"""What hashevict-vllm relies on in vLLM, stated once, checked by reading sources.
+
+`facts` and `gpu_facts` are the statements, `imports` derives more from our own import
+lines, `sources` reads an installed vLLM or a wheel, `checks` compares. Nothing here
+imports vLLM, so a wheel for another platform can be checked as well.
+"""
+
+from __future__ import annotations
+
+from .checks import check, relevant
+from .facts import FACTS
+from .gpu_facts import GPU_FACTS
+from .imports import imported_names
+from .sources import Sources, installed, wheel
+
+__all__ = [
+    "ALL_FACTS",
+    "Sources",
+    "check",
+    "imported_names",
+    "installed",
+    "relevant",
+    "wheel",
+]
+
+ALL_FACTS = (*FACTS, *GPU_FACTS)
+"""Every statement, of every version."""
