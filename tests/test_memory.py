@@ -151,7 +151,8 @@ def test_the_page_and_the_pool_are_sized_with_their_metadata(llama: Path) -> Non
     with engine(llama, {"budget": 256}) as llm:
         spec = manager_of(llm).kv_cache_spec
         kv = 2 * BLOCK * 2 * 32 * 4  # KV heads x slots x (K and V) x D x float32
-        tail = 2 * BLOCK * (2 + 1) * 4  # KV heads x slots x (2 words + position)
+        words = 2 + 1 + 1 + 1  # signature, norm, votes, position
+        tail = 2 * BLOCK * words * 4  # KV heads x slots x bytes
         assert spec.page_size_bytes == kv + tail
         for cache in runner_of(llm).kv_caches:
             assert cache.stride(0) * cache.element_size() == kv + tail
@@ -190,7 +191,8 @@ def test_the_log_says_what_the_budget_buys(
 ) -> None:
     from hashevict_vllm.cache.capacity import describe_capacity
 
-    with engine(llama, {"budget": 256}, num_gpu_blocks_override=65) as llm:
+    policy = {"budget": 256, "segment": 256}
+    with engine(llama, policy, num_gpu_blocks_override=65) as llm:
         core = llm.llm_engine.engine_core.engine_core
         config = scheduler_of(llm).kv_cache_config
         sentence = describe_capacity(core.vllm_config, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 EPILOG = """\
@@ -30,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
     add("--set", metavar="KEY=VALUE,...", help="options added to every policy")
     add("--budgets", nargs="+", metavar="TOKENS|SHARE")
     add("--lengths", nargs="+", type=int, help="nominal context lengths in tokens")
-    add("--tasks", nargs="+", metavar="TASK", help="names or families (default: all)")
+    add("--tasks", nargs="+", metavar="TASK", help="names, families, or all")
     add("--samples", type=int, help="samples per cell")
     add("--seed", type=int, default=0)
-    add("--full", action="store_true", help="lengths 1k, 2k and 4k, 50 samples")
+    add("--full", action="store_true", help="all tasks, 1k to 4k tokens, 50 samples")
     add("--output", type=Path, default=Path("results"), help="default: results/")
     add("--dtype", default="auto", help="vLLM's dtype (default: the model's)")
     add("--batch", type=int, default=8, help="requests at a time")
@@ -75,7 +76,8 @@ def _run(options: argparse.Namespace) -> None:
 
     names = options.policies or grid.default_policies()
     policies = [grid.parse_policy(name, options.set or "") for name in names]
-    tasks = _tasks(options.tasks, list(TASKS))
+    wanted = options.tasks or (None if options.full else grid.DEFAULT_TASKS)
+    tasks = _tasks(wanted, list(TASKS))
     scale = grid.FULL_GRID if options.full else grid.DEFAULT_GRID
     engines = grid.cells(
         policies,
@@ -98,9 +100,9 @@ def _run(options: argparse.Namespace) -> None:
     print(path)
 
 
-def _tasks(wanted: list[str] | None, known: list[str]) -> list[str]:
+def _tasks(wanted: Sequence[str] | None, known: list[str]) -> list[str]:
     """Task names of names and families."""
-    if not wanted:
+    if not wanted or list(wanted) == ["all"]:
         return known
     for name in wanted:
         if not any(task == name or task.startswith(f"{name}/") for task in known):

@@ -37,7 +37,19 @@ class Scale:
 
 
 _SHARES = ("10%", "30%", "50%", "70%", "90%")
-DEFAULT_GRID = Scale(_SHARES, (1024,), 5)
+DEFAULT_GRID = Scale(_SHARES[:-1], (1024,), 6)
+DEFAULT_TASKS = (
+    "retrieval/niah_single_2",
+    "retrieval/niah_multikey_1",
+    "retrieval/qa_1",
+    "reasoning/gsm8k",
+    "choice/squad",
+    "summarisation/rouge",
+    "summarisation/prose",
+)
+"""What runs unless tasks are named or the grid is the full one."""
+
+HARD_BOUNDED = "hashevict:segment=256"
 FULL_GRID = Scale((*_SHARES, "256", "512", "1024"), (1024, 2048, 4096), 50)
 
 
@@ -188,5 +200,5 @@ def cells(
 
 
 def default_policies() -> list[str]:
-    """Every policy and preset there is; presets are policies of hashevict."""
-    return [*POLICY_NAMES, *PRESETS]
+    """Every policy and preset there is, and hashevict with little scratch memory."""
+    return [*POLICY_NAMES, *PRESETS, HARD_BOUNDED]

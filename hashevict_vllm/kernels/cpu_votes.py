@@ -113,7 +113,7 @@ def _fade(tail, blocks, num_slots, head, geometry, decay, oldest_new):
     """Decay votes; slots from position ``oldest_new`` on get the mean of the others."""
     block_size, words = geometry[1], geometry[3]
     as_float = tail.view(np.float32)
-    total, others = np.float32(0), 0
+    total, others = np.float32(0), np.int64(0)
     for first in range(0, num_slots, block_size):
         count = min(block_size, num_slots - first)
         at = tail_of(blocks, first, head, geometry) + (words - 1) * block_size
@@ -123,7 +123,7 @@ def _fade(tail, blocks, num_slots, head, geometry, decay, oldest_new):
             old = position[i] < oldest_new
             votes[i] *= decay
             total += votes[i] if old else np.float32(0)
-            others += np.int64(old)
+            others += old
     mean = total / np.float32(others) if others else np.float32(0)
     for first in range(0, num_slots, block_size):
         count = min(block_size, num_slots - first)
