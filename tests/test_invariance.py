@@ -61,15 +61,14 @@ def test_outputs_do_not_depend_on_eight_neighbours(
 def test_preempted_requests_replay_to_the_same_tokens(
     llama: Path, expected: Expected
 ) -> None:
-    # 201 tokens are 7 blocks, and the held prompts of 700 and 333 are 22 and 11. The
-    # usable blocks of the pool hold two and a half requests, or these two prompts, so
-    # four at once must preempt each other, in prompt and in output.
+    # 201 tokens are 7 blocks and 8 requests 56, more than the pool holds: they must
+    # preempt each other, in prompt and in output. The longest held prompt is 22 blocks.
     blocks = 20 if expected.policy.get("segment") else 34
-    options = {"max_num_seqs": 4, "num_gpu_blocks_override": blocks}
-    options["max_model_len"] = 1024
-    with engine(llama, expected.policy, **options) as llm:
+    options = {"max_num_seqs": 8, "num_gpu_blocks_override": blocks}
+    with engine(llama, expected.policy, max_model_len=1024, **options) as llm:
         preempted = count_preemptions(llm)
-        assert greedy(llm, expected.prompts) == expected.tokens
+        twice = [prompt for prompt in expected.prompts for _ in range(2)]
+        assert greedy(llm, twice)[::2] == expected.tokens
     assert sum(preempted.values()) > 0
     assert max(preempted.values()) < 50
 
