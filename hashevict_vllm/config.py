@@ -334,18 +334,18 @@ class KVPolicyConfig:
         assert self.sinks is not None, "from_dict() fills defaults in"
         budget = _tokens_of(self.budget, max_model_len)
         recent = _tokens_of(self.recent, budget)
-        if self.scoring == "vote" and recent < self.vote_every:
-            raise _fail(
-                option_flag("recent"),
-                f"{recent} tokens is less than vote_every ({self.vote_every}), so that "
-                "a token could be evicted before any query has voted on it.",
-            )
         floor = self.sinks + recent + block_size
         if budget < floor:
             raise _fail(
                 "--kv-budget",
                 f"{budget} tokens is smaller than sinks + recent + one block "
                 f"({self.sinks} + {recent} + {block_size} = {floor}).",
+            )
+        if self.scoring == "vote" and recent < self.vote_every:
+            raise _fail(
+                option_flag("recent"),
+                f"{recent} tokens is less than vote_every ({self.vote_every}), so that "
+                "a token could be evicted before any query has voted on it.",
             )
         if self.segment == SEGMENT_PROMPT:
             segment = -(-max_model_len // block_size) * block_size
