@@ -111,13 +111,16 @@ class TritonLayer:
 
         ``padding`` rows and requests follow the batch, as in a captured graph.
         """
-        rounds, starts, lens = 0, [0], []
+        starts, lens = [0], []
+        scans: list[bool] = []  # of every round: does a token evict, or vote alone?
         for request, (_, k, _) in enumerate(chunks):
             start = self.computed[request]
             self.computed[request] = end = start + len(k)
             plen = self.prompt_lens[request]
             pieces = list(cut_chunk(self.policy, request, 0, start, end, plen))
-            rounds = max(rounds, len(pieces))
+            scans += [False] * (len(pieces) - len(scans))
+            for index, piece in enumerate(pieces):
+                scans[index] |= piece.count == 1
             starts.append(starts[-1] + len(k))
             lens.append(end)
         num = len(chunks) + padding
@@ -130,9 +133,9 @@ class TritonLayer:
         )
         starts += [starts[-1]] * padding
         lens += [0] * padding
-        self._rounds(rounds, num, tokens, starts, lens, q, k, v)
+        self._rounds(scans, num, tokens, starts, lens, q, k, v)
 
-    def _rounds(self, rounds, num, tokens, starts, lens, q, k, v) -> None:  # type: ignore[no-untyped-def]
+    def _rounds(self, scans, num, tokens, starts, lens, q, k, v) -> None:  # type: ignore[no-untyped-def]
         """Plan, sign, write and reduce; every buffer is poisoned before."""
 
         def poisoned(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -161,7 +164,7 @@ class TritonLayer:
         pages = self.pages
         cache = (pages.k, pages.v, pages.tail)
         votes = (self.cosines, SCALE, self.policy.decay)
-        for index in range(rounds):
+        for index, scan in enumerate(scans):
             ops.plan(*arguments, index == 0)
             ops.write(
                 k,
@@ -177,7 +180,7 @@ class TritonLayer:
                 rule,
                 group,
                 self.bound,
-                True,
+                scan,
             )
             ops.mark(
                 signatures,

@@ -10,7 +10,13 @@ _BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 SCAN_TILE = 1024
 """Slots per step of a scan: four independent loads per word and thread of 8 warps."""
 
-SCAN_WARPS = 8
+SCAN_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+"""A program has 256 threads. Without a bound ptxas spills a register here and there to
+fit one more program on a multiprocessor; with it none of the kernels does."""
+
+COPY_OPTIONS = {"num_warps": 1}
+"""A program copies one row of K and of V."""
+
 VOTE_ELEMENTS = 2048
 """Query heads times slots per step of a vote, so that logits stay in registers."""
 
@@ -41,8 +47,9 @@ def move_rows(head_dim: int) -> int:
 
 
 def sign_tokens(num_tokens: int, group: int) -> int:
-    """Tokens signed by one program: one in decode, where programs are few."""
-    return 1 if num_tokens <= 256 else max(64 // padded(group + 1), 1)
+    """Tokens signed by one program: few where programs are few, as in decode."""
+    most = max(64 // padded(group + 1), 1)
+    return min(padded(num_tokens // 16), most)
 
 
 def as_integers(cache: torch.Tensor) -> torch.Tensor:

@@ -165,13 +165,13 @@ def pool_kernel(
     for other in range(0, end, NEIGHBOURS):
         others = other + tl.arange(0, NEIGHBOURS)
         there = others < end
-        meta = meta_of(tail, table, others, there, head, block_stride, head_stride, N)
-        bits = tl.load(meta + (WORDS - 1) * word_stride, mask=there, other=0)
+        near = meta_of(tail, table, others, there, head, block_stride, head_stride, N)
+        bits = tl.load(near + (WORDS - 1) * word_stride, mask=there, other=0)
         votes = bits.to(tl.float32, bitcast=True)
-        at = tl.load(meta + WORDS * word_stride, mask=there, other=0)
-        near = tl.abs(position[:, None] - at[None, :]) <= REACH
-        near = near & there[None, :]
-        most = tl.maximum(most, tl.max(tl.where(near, votes[None, :], 0.0), 1))
+        at = tl.load(near + WORDS * word_stride, mask=there, other=0)
+        close = tl.abs(position[:, None] - at[None, :]) <= REACH
+        close = close & there[None, :]
+        most = tl.maximum(most, tl.max(tl.where(close, votes[None, :], 0.0), 1))
     row = (index * num_heads + head).to(tl.int64) * width
     tl.store(pooled + row + slots, most, mask=used)
 

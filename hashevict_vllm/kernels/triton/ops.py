@@ -219,7 +219,7 @@ def write(
         N=tail.shape[3],
         TILE=tile,
         SCANS=scans,
-        num_warps=launch.SCAN_WARPS if scans else 1,
+        **(launch.SCAN_OPTIONS if scans else launch.COPY_OPTIONS),
     )
 
 
@@ -279,7 +279,7 @@ def mark(
             HASHED=r.hashed,
             N=tail.shape[3],
             TILE=tile,
-            num_warps=launch.SCAN_WARPS,
+            **launch.SCAN_OPTIONS,
         )
         return
     vote_kernel[grid](
@@ -298,7 +298,7 @@ def mark(
         MEMBERS=launch.padded(group),
         N=tail.shape[3],
         TILE=launch.vote_tile(group, bound),
-        num_warps=launch.SCAN_WARPS,
+        **launch.SCAN_OPTIONS,
     )
     pooled = torch.empty(
         (num_pieces, num_heads, bound), dtype=torch.float32, device=tail.device
@@ -332,7 +332,7 @@ def mark(
         BUDGET=r.budget,
         N=tail.shape[3],
         TILE=tile,
-        num_warps=launch.SCAN_WARPS,
+        **launch.SCAN_OPTIONS,
     )
 
 
@@ -385,7 +385,7 @@ def compact(
         BUDGET=r.budget,
         N=tail.shape[3],
         TILE=launch.scan_tile(bound),
-        num_warps=launch.SCAN_WARPS,
+        **launch.SCAN_OPTIONS,
     )
     rows = launch.move_rows(head_dim)
     move_kernel[(num_pieces, num_heads, triton.cdiv(width, rows))](

@@ -116,8 +116,8 @@ def sign_kernel(
             )
             dots = tl.dot(x, r, dots, input_precision="ieee")
         ones = ((dots >= 0) & (column < BITS)[None, :]).to(tl.int32) << bit[None, :]
-        # Every column has its own bit, so exclusive or gathers them.
-        tl.store(signatures + out * WORDS + w, tl.xor_sum(ones, 1), mask=used)
+        # Every column has a bit of its own, so a sum gathers them.
+        tl.store(signatures + out * WORDS + w, tl.sum(ones, 1), mask=used)
     square = tl.zeros([TOKENS * MEMBERS], tl.float32)
     for first in range(0, DIM, STEP):
         x = _load_rows(
