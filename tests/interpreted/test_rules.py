@@ -206,6 +206,7 @@ def test_an_empty_batch_leaves_every_byte_as_it_is(rule: str, padding: int) -> N
     none = torch.empty(0, 1, 16)
     layer.computed = [40]
     layer.step([(none, none, none)], padding)
-    layer._rounds(1, 1 + padding, padding, [0] * (2 + padding), [40] + [0] * padding,
-                  *[torch.ones(padding, 1, 16)] * 3)  # fmt: skip
+    rows = (torch.ones(padding, 1, 16),) * 3
+    lens = [40] + [0] * padding  # nothing is scheduled, and yet a round is asked for
+    layer._rounds([True], len(lens), padding, [0] * (len(lens) + 1), lens, *rows)
     assert bool((layer.buffer == POISON).all())

@@ -101,7 +101,7 @@ def replay_kernel(
             TILE,
         )
         top = tl.max(best, 0)
-        found = (best == top) & (top >= 0)
+        found = (best == top) & (best >= 0)
         meta = meta_of(
             tail, table, best_slot, found, head, block_stride, head_stride, N
         )
