@@ -1,4 +1,4 @@
-"""Prints the tables of ``docs/gpu.md``: ``python -m hashevict_vllm.kernels.triton.report``.
+"""Prints the tables of ``docs/gpu.md`` (``python -m``).
 
 Registers and shared memory are read from machine code; bytes and microseconds are
 arithmetic: what a launch must at least read and write, over an H100's bandwidth.
