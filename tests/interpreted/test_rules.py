@@ -126,6 +126,18 @@ def test_kernels_equal_the_oracle_for_every_rule(rule: str) -> None:
     )
 
 
+@pytest.mark.parametrize("rule", ["query", "vote"])
+def test_kernels_equal_the_oracle_where_requests_span_several_tiles(rule: str) -> None:
+    with mock.patch.object(launch, "SCAN_TILE", 32):
+        run(
+            {"budget": 120, "segment": 32, "recent": 4, **RULES[rule]},
+            prompts=[152],
+            outputs=2,
+            chunk=200,
+            group=1,
+        )
+
+
 @pytest.mark.parametrize(
     ("head_dim", "block_size", "bits", "dtype"),
     [
