@@ -15,7 +15,7 @@ from typing import Any
 
 SCORINGS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "hashevict": ("instant", "vote"),
+    "hashevict": ("vote", "instant"),
     "streaming_llm": ("recency",),
     "l2_norm": ("norm",),
     "key_diff": ("cosine",),
@@ -33,18 +33,28 @@ HASH_OPTIONS = (
     "orthogonal",
     "window",
     "pool",
+    "vote_every",
     "decay",
 )
 """Options of policies that keep signatures."""
 
+SCORING_OPTIONS = {
+    "vote": ("window", "pool", "vote_every", "decay"),
+    "instant": ("hash_source",),
+}
+"""Options that one rule of hashevict alone reads."""
+
 VOTE_HORIZON = 256
 """Steps before the cache is full from which on votes are kept."""
+
+VOTE_SINKS, SINKS = 16, 4
+"""Default sinks with votes, which centre keys by them, and without."""
 
 HASHING_POLICIES = ("hashevict",)
 """Policies that keep signatures."""
 
 HASH_SOURCES = ("query", "key")
-MIN_HASH_BITS, MAX_HASH_BITS = 8, 128
+MIN_HASH_BITS, MAX_HASH_BITS = 4, 128
 SEGMENT_PROMPT = "prompt"
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -148,23 +158,25 @@ class KVPolicyConfig:
         budget: Slots per KV head: tokens, or a share of ``max_model_len`` ("25%").
         preset: ``paper`` or ``reference`` (the authors' released code); sets those of
             the options below that are not given.
-        scoring: Eviction rule of the policy, its first by default; ``instant`` is the
-            paper's one-step Hamming rule, ``vote`` accumulates attention estimated from
-            signatures and judges a segment by its last queries.
-        hash_bits: Bits of a signature, 8 to 128 in steps of 4.
+        scoring: Eviction rule of the policy, its first by default; ``vote`` accumulates
+            attention estimated from signatures and judges a segment by its last
+            queries, ``instant`` is the paper's one-step Hamming rule.
+        hash_bits: Bits of a signature, 4 to 128 in steps of 4.
         hash_source: What is compared with the stored key signatures: the current
             ``query`` (the paper) or the new ``key`` (the authors' released code).
         orthogonal: Orthogonalise the Gaussian projection.
-        sinks: Positions below this are never evicted.
+        sinks: Positions below this are never evicted; 16 with ``vote``, which centres
+            keys by them, else 4.
         recent: The most recent tokens never evicted: tokens, or a share of the
             budget ("25%").
         segment: Prompt tokens held before the live set is reduced to the budget:
             tokens, or ``"prompt"`` for the whole prompt; 1 is token by token.
         seed: Seed of the projection, or of the random policy.
         window: With ``vote``: last queries of a prompt segment that vote.
-        pool: With ``vote``: a slot's votes count for neighbours up to ``pool // 2``
-            positions away when a segment is reduced.
-        decay: With ``vote``: factor on earlier votes at every vote.
+        pool: With ``vote``: a slot's votes count for this many positions, itself and
+            those that follow it (and one before), when a segment is reduced.
+        vote_every: With ``vote``: in decode, one token of so many votes.
+        decay: With ``vote``: factor on earlier votes at every vote in decode.
 
     """
 
@@ -175,13 +187,14 @@ class KVPolicyConfig:
     hash_bits: int = 64
     hash_source: str = "query"
     orthogonal: bool = True
-    sinks: int = 4
+    sinks: int | None = None
     recent: int | str = "25%"
-    segment: int | str = 256
+    segment: int | str = 4096
     seed: int = 0
     window: int = 16
     pool: int = 15
-    decay: float = 0.98
+    vote_every: int = 8
+    decay: float = 0.85
 
     @property
     def enabled(self) -> bool:
@@ -237,7 +250,16 @@ class KVPolicyConfig:
                         f"has no effect with --kv-policy {config.name}, which keeps no "
                         "signatures.",
                     )
-        return config._validated()
+        config = config._validated()
+        for scoring, keys in SCORING_OPTIONS.items():
+            for key in keys:
+                if key in values and config.enabled and config.scoring != scoring:
+                    raise _fail(
+                        option_flag(key),
+                        f"has no effect with scoring {config.scoring!r}, only with "
+                        f"{scoring!r}.",
+                    )
+        return config
 
     def _validated(self) -> KVPolicyConfig:
         _check_choice("hash_source", self.hash_source, HASH_SOURCES)
@@ -276,17 +298,22 @@ class KVPolicyConfig:
             raise _fail(
                 flag("orthogonal"), f"expected true or false, got {self.orthogonal!r}."
             )
+        scoring = self.scoring or SCORINGS[self.name][0]
+        sinks = self.sinks
+        if sinks is None:
+            sinks = VOTE_SINKS if scoring == "vote" else SINKS
         return dataclasses.replace(
             self,
-            scoring=self.scoring or SCORINGS[self.name][0],
+            scoring=scoring,
             budget=_as_tokens(flag("budget"), self.budget, 1),
             hash_bits=bits,
-            sinks=_as_int(flag("sinks"), self.sinks, 0),
+            sinks=_as_int(flag("sinks"), sinks, 0),
             recent=_as_tokens(flag("recent"), self.recent, 0),
             segment=segment,
             seed=_as_int(flag("seed"), self.seed, 0),
             window=_as_int(flag("window"), self.window, 1),
             pool=_as_int(flag("pool"), self.pool, 1),
+            vote_every=_as_int(flag("vote_every"), self.vote_every, 1),
             decay=_as_share(flag("decay"), self.decay),
         )
 
@@ -303,9 +330,16 @@ class KVPolicyConfig:
 
         """
         assert self.budget is not None, "resolve() is for enabled policies"
-        assert self.scoring is not None, "from_dict() validates and fills defaults in"
+        assert self.scoring is not None, "from_dict() fills defaults in"
+        assert self.sinks is not None, "from_dict() fills defaults in"
         budget = _tokens_of(self.budget, max_model_len)
         recent = _tokens_of(self.recent, budget)
+        if self.scoring == "vote" and recent < self.vote_every:
+            raise _fail(
+                option_flag("recent"),
+                f"{recent} tokens is less than vote_every ({self.vote_every}), so that "
+                "a token could be evicted before any query has voted on it.",
+            )
         floor = self.sinks + recent + block_size
         if budget < floor:
             raise _fail(
@@ -336,6 +370,7 @@ class KVPolicyConfig:
             seed=self.seed,
             window=self.window,
             pool=self.pool,
+            vote_every=self.vote_every,
             decay=self.decay,
         )
 
@@ -364,7 +399,8 @@ class ResolvedKVPolicy:
         seed: Seed of the projection, or of the random policy.
         window: Voting queries of a segment.
         pool: Positions over which votes are max-pooled.
-        decay: Factor on earlier votes.
+        vote_every: In decode, one token of so many votes.
+        decay: Factor on earlier votes at every vote in decode.
 
     """
 
@@ -380,6 +416,7 @@ class ResolvedKVPolicy:
     seed: int
     window: int
     pool: int
+    vote_every: int
     decay: float
 
     @property
@@ -387,20 +424,34 @@ class ResolvedKVPolicy:
         """Whether segments are judged by votes instead of a replay."""
         return self.scoring == "vote"
 
-    def is_voter(self, position: int, prompt_len: int) -> bool:
-        """Whether the query at a position votes; a matter of positions alone.
+    def voters(self, start: int, stop: int, prompt_len: int) -> range:
+        """Positions in [start, stop) whose queries vote; a matter of positions alone.
 
         The last ``window`` queries of a segment that will be reduced do, and those of
-        the prompt, and all in decode; the latter two not while the cache is far from
-        full, as votes decay before they count.
+        the prompt, and in decode one of ``vote_every``; the latter two not while the
+        cache is far from full, as votes fade before they count. Nobody votes before
+        the sinks are there, whose mean key centres the others.
+
+        Args:
+            start: First position.
+            stop: End; both in the prompt, with no reduction between them, or both
+                beyond it.
+            prompt_len: Length of the prompt.
+
         """
         if not self.votes:
-            return False
-        if position >= prompt_len or self.segment == 1:
-            return position >= self.budget - VOTE_HORIZON
-        end = min((position // self.segment + 1) * self.segment, prompt_len)
-        full = self.budget - (VOTE_HORIZON if end == prompt_len else 0)
-        return position >= end - self.window and end > full
+            return range(0)
+        first = max(start, self.sinks, 1)
+        if start >= prompt_len or self.segment == 1:
+            first = max(first, self.budget - VOTE_HORIZON)
+            return range(
+                -(-first // self.vote_every) * self.vote_every, stop, self.vote_every
+            )
+        begin = (stop - 1) // self.segment * self.segment
+        end = min(begin + self.segment, prompt_len)
+        if end <= self.budget - (VOTE_HORIZON if end == prompt_len else 0):
+            return range(0)
+        return range(max(first, begin, end - self.window), stop)
 
 
 def kv_policy(name: str = "hashevict", **options: Any) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.policies.vote import estimate_scale
 
 logger = logging.getLogger("vllm.hashevict_vllm.attention")
 
@@ -22,22 +23,24 @@ if TYPE_CHECKING:
 
 
 def rule_array(policy: ResolvedKVPolicy) -> np.ndarray:
-    """What kernels know of a rule: int64 [5], sinks, recent, kind, seed, pool."""
+    """What kernels know of a rule: int64 [6].
+
+    Sinks, recent, kind of score, seed, pool, vote_every.
+    """
     code = make_rule(policy).kernel_code
     numbers = [policy.sinks, policy.recent, code, policy.seed, policy.pool]
-    return np.array(numbers, np.int64)
+    return np.array([*numbers, policy.vote_every], np.int64)
 
 
-def vote_strengths(policy: ResolvedKVPolicy, scale: float) -> np.ndarray:
-    """What votes are weighed with: softmax scale, decay, cos(pi h / b) for all h.
+def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.ndarray:
+    """What votes are weighed with: factor of an estimated logit, decay.
 
     Returns:
-        float32 [2 + b + 1].
+        float32 [2].
 
     """
-    h = np.arange(policy.hash_bits + 1)
-    cosines = np.cos(np.pi / policy.hash_bits * h)
-    return np.concatenate([[scale, policy.decay], cosines]).astype(np.float32)
+    factor = estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
+    return np.array([scale * factor, policy.decay], np.float32)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class KernelConstants:
         projection: float32 [D * b], row-major.
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
-        rule: int64 [5], see `rule_array`.
-        strengths: float32 [2 + b + 1], see `vote_strengths`.
+        rule: int64 [6], see `rule_array`.
+        strengths: float32 [2], see `vote_strengths`.
 
     """
 
@@ -91,5 +94,5 @@ class KernelConstants:
             k_map=k_map.astype(np.int32),
             v_map=v_map.astype(np.int32),
             rule=rule_array(policy),
-            strengths=vote_strengths(policy, layer.impl.scale),
+            strengths=vote_strengths(policy, layer.impl.scale, spec.head_size),
         )

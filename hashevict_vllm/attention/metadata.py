@@ -34,7 +34,7 @@ class Round:
         evict: bool [n].
         voters: bool [n], evicting tokens whose queries vote first.
         requests: int32 [n], rows of the block table.
-        replay: int32 [m, 7], pieces that vote or whose segment overflows the budget,
+        replay: int32 [m, 8], pieces that vote or whose segment overflows the budget,
             as `hashevict_vllm.kernels.cpu.replay_segments` takes them.
         inner: The inner backend's metadata for this call.
 
@@ -79,7 +79,10 @@ def _round_arrays(pieces: Sequence[Piece], budget: int) -> dict[str, np.ndarray]
         return np.repeat(np.array(values, np.int32), counts)
 
     replay = [
-        (p.request, p.start, p.count, p.row, p.slot, p.compact, p.first_voter)
+        (
+            *(p.request, p.start, p.count, p.row, p.slot),
+            *(p.compact, p.first_voter, p.ballots),
+        )
         for p in pieces
         if not p.evict and (p.slot + p.count > budget or p.first_voter < p.count)
     ]
@@ -92,7 +95,7 @@ def _round_arrays(pieces: Sequence[Piece], budget: int) -> dict[str, np.ndarray]
             np.array([p.evict and p.first_voter == 0 for p in pieces]), counts
         ),
         "requests": per_token([p.request for p in pieces]),
-        "replay": np.array(replay, np.int32).reshape(-1, 7),
+        "replay": np.array(replay, np.int32).reshape(-1, 8),
     }
 
 

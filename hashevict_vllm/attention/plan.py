@@ -30,6 +30,8 @@ class Piece:
             an evicting piece it equals C, and the token takes its victim's slot.
         evict: The decode rule: one token, evict before attention.
         first_voter: The piece's first token whose queries vote; ``count`` if none does.
+        ballots: In decode, distance of voting tokens; 0 while a segment is read, where
+            all tokens from the first voter on vote.
         compact: Reduce the live set to C afterwards (segment complete, or prompt over).
 
     """
@@ -42,6 +44,7 @@ class Piece:
     evict: bool = False
     compact: bool = False
     first_voter: int = 0
+    ballots: int = 0
 
     @property
     def live_after_write(self) -> int:
@@ -56,18 +59,6 @@ def occupied_slots(policy: ResolvedKVPolicy, num_tokens: int, prompt_len: int) -
         return min(num_tokens, budget)
     complete = num_tokens // segment * segment
     return min(complete, budget) + num_tokens - complete
-
-
-def _first_voter(
-    policy: ResolvedKVPolicy, start: int, stop: int, prompt_len: int
-) -> int:
-    """Index of the first voting token of a piece; voters are its last tokens."""
-    if not policy.votes:
-        return stop - start
-    first = stop
-    while first > start and policy.is_voter(first - 1, prompt_len):
-        first -= 1
-    return first - start
 
 
 def cut_chunk(
@@ -109,6 +100,7 @@ def cut_chunk(
         else:
             stop = position + 1
             evict = True
+        voters = policy.voters(position, stop, prompt_len)
         yield Piece(
             request=request,
             start=position,
@@ -117,6 +109,7 @@ def cut_chunk(
             slot=slot,
             evict=evict,
             compact=compact,
-            first_voter=_first_voter(policy, position, stop, prompt_len),
+            first_voter=voters[0] - position if voters else stop - position,
+            ballots=policy.vote_every if position >= prompt_len or segment == 1 else 0,
         )
         position = stop

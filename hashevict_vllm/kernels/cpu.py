@@ -11,6 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from hashevict_vllm.kernels.codes import HAMMING_TO_QUERY, VOTE
+from hashevict_vllm.kernels.cpu_centre import (
+    centre_of,
+    describe_centred,
+    describe_sinks,
+)
 from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, hash_queries
 from hashevict_vllm.kernels.cpu_slots import elements_of, load, tail_of
 from hashevict_vllm.kernels.cpu_votes import cast_votes, mark_losers
@@ -61,21 +66,30 @@ def write_tokens(
         v_map: int32 [N, D], the same for V.
         geometry: int64 [9]: H, N, D, W, element stride and word stride of a block,
             first tail word of a page, element kind, b.
-        rule: int64 [5]: sinks, recent, kind of score (`codes`), seed, pool.
+        rule: int64 [6]: sinks, recent, kind of score (`codes`), seed, pool, vote_every.
         strengths: float32, as `cast_votes`.
 
     """
     heads, block_size, dim, words = geometry[0], geometry[1], geometry[2], geometry[3]
     group = q.shape[1] // heads if rule[2] == HAMMING_TO_QUERY else 1
-    x, dots = np.empty(dim, np.float32), np.empty(geometry[8], np.float32)
-    description = np.empty((1, words), np.int32)
+    x, y = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    dots = np.empty(geometry[8], np.float32)
+    description = np.zeros((1, words), np.int32)
     queries = np.empty((group, words), np.int32)
     scratch = np.empty(block_size, np.int32)
+    centre, centred = np.zeros(dim, np.float32), np.int64(-1)
     for task in range(len(rows) * heads):
-        n, head = task // heads, task % heads
+        # Head by head: a prompt's tokens share one centre per head.
+        head, n = task // len(rows), task % len(rows)
         row, blocks = rows[n], block_table[requests[n]]
         load(k[row, head], geometry[7], x)
-        describe_key(x, projection, dots, rule, description[0])
+        if rule[2] == VOTE and positions[n] >= rule[0]:
+            if centred != requests[n] * heads + head:
+                centred = requests[n] * heads + head
+                centre_of(elements, blocks, head, k_map, geometry, rule[0], y, centre)
+            describe_centred(x, centre, projection, dots, description[0])
+        else:
+            describe_key(x, projection, dots, rule, description[0])
         slot = np.int64(slots[n])
         if evict[n]:
             if voters[n]:
@@ -88,8 +102,9 @@ def write_tokens(
                     head,
                     projection,
                     geometry,
+                    rule,
                     strengths,
-                    scratch,
+                    positions[n],
                 )
             sources = description
             if rule[2] == HAMMING_TO_QUERY:
@@ -121,6 +136,23 @@ def write_tokens(
         for w in range(words):
             meta[w * block_size + offset] = description[0, w]
         meta[words * block_size + offset] = positions[n]
+        if rule[2] == VOTE and positions[n] == rule[0] - 1:
+            centre_of(elements, blocks, head, k_map, geometry, rule[0], y, centre)
+            describe_sinks(
+                elements,
+                tail,
+                blocks,
+                head,
+                projection,
+                k_map,
+                geometry,
+                rule[0],
+                x,
+                dots,
+                description[0],
+                centre,
+            )
+            centred = requests[n] * heads + head
 
 
 @inlined
@@ -214,8 +246,9 @@ def replay_segments(
         elements: As `write_tokens`, here only moved.
         tail: As `write_tokens`; holds the piece's signatures and positions already.
         q: Raw elements [T, Hq, D].
-        pieces: int32 [n, 7]: request, start position, count, row, slot, compact, first
-            voting token (``count`` if none votes).
+        pieces: int32 [n, 8]: request, start position, count, row, slot, compact, first
+            voting token (``count`` if none votes), distance of voting tokens (0 in a
+            segment, where all that follow the first vote).
         block_table: int32 [R, max blocks].
         projection: As `write_tokens`.
         k_map: int32 [N, D].
@@ -226,14 +259,13 @@ def replay_segments(
         budget: C.
 
     """
-    heads, block_size = geometry[0], geometry[1]
-    distance = np.empty(block_size, np.int32)
+    heads = geometry[0]
     for task in range(len(pieces) * heads):
         piece, head = pieces[task // heads], task % heads
         blocks = block_table[piece[0]]
         end = np.int64(piece[4]) + np.int64(piece[2])
         if rule[2] == VOTE:
-            for i in range(piece[6], piece[2]):
+            for i in range(piece[6], piece[2], max(piece[7], 1)):
                 cast_votes(
                     tail,
                     q,
@@ -243,8 +275,9 @@ def replay_segments(
                     head,
                     projection,
                     geometry,
+                    rule,
                     strengths,
-                    distance,
+                    piece[1] + i if piece[7] else -1,
                 )
             if piece[5]:
                 stop = piece[1] + piece[2]
@@ -279,10 +312,10 @@ def warm_up(dtype: np.dtype) -> None:
     elements, tail = np.zeros(1, dtype), np.zeros(1, np.int32)
     x = np.zeros((1, 1, 1), dtype)
     none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
-    geometry, rule = np.ones(9, np.int64), np.zeros(5, np.int64)
-    floats = np.zeros(3, np.float32)
+    geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
+    floats = np.zeros(2, np.float32)
     common = (table, floats, table, table, geometry, rule, floats)
-    no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 7), np.int32)
+    no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 8), np.int32)
     write_tokens(
         elements, tail, x, x, x, none, none, none, no_flags, no_flags, none, *common
     )

@@ -38,11 +38,11 @@ def popcount(typingctx: Any, value: Any) -> Any:
 
 
 @njit(fastmath={"contract"})
-def hash_row(x, projection, dots, words):
-    """Signature of x [D]: bit j is ``x . r_j >= 0``, packed into ``words`` [W].
+def project_row(x, projection, dots):
+    """``x . r_j`` of x [D] for all j, into ``dots`` [b].
 
-    ``projection`` is R, row-major and flat; ``dots`` [b] is scratch. Eight rows of R at
-    a time halve the time of one by one, as 1-D slices do of 2-D indexing.
+    ``projection`` is R, row-major and flat. Eight rows of R at a time halve the time of
+    one by one, as 1-D slices do of 2-D indexing.
     """
     b = len(dots)
     dots[:] = np.float32(0)
@@ -56,9 +56,18 @@ def hash_row(x, projection, dots, words):
             dots[j] += ((x0 * r0[j] + x1 * r1[j]) + (x2 * r2[j] + x3 * r3[j])) + (
                 (x4 * r4[j] + x5 * r5[j]) + (x6 * r6[j] + x7 * r7[j])
             )
+
+
+@njit
+def hash_row(x, projection, dots, words):
+    """Signature of x [D]: bit j is ``x . r_j >= 0``, packed into ``words`` [W].
+
+    ``dots`` [b] is scratch.
+    """
+    project_row(x, projection, dots)
     for w in range(len(words)):
         word = np.uint32(0)
-        chunk = dots[w * 32 : min(w * 32 + 32, b)]
+        chunk = dots[w * 32 : min(w * 32 + 32, len(dots))]
         for j in range(len(chunk)):
             word |= np.uint32(chunk[j] >= 0) << np.uint32(j)
         words[w] = np.int32(word)
@@ -75,16 +84,14 @@ def square_of(x):
 
 @njit
 def describe_key(x, projection, dots, rule, words):
-    """What a slot keeps of its key x [D] for later scores, into ``words`` [W]."""
+    """What a slot keeps of its key x [D] for later scores, into ``words`` [W].
+
+    Votes want a centred key: `hashevict_vllm.kernels.cpu_centre`.
+    """
     if rule[2] <= HAMMING_TO_QUERY:
         hash_row(x, projection, dots, words)
     elif rule[2] == NORM:
         words.view(np.float32)[0] = square_of(x)  # its bits order as the float does
-    elif rule[2] == VOTE:
-        hashed = len(words) - 2
-        hash_row(x, projection, dots, words[:hashed])
-        words.view(np.float32)[hashed] = np.sqrt(square_of(x))
-        words[hashed + 1] = 0  # no votes yet
 
 
 @njit
@@ -174,7 +181,7 @@ def _score_block(
         start = base + (words - 1) * block_size
         row = tail[start : start + count]
         for i in range(count):
-            score[i] = _INT32_MAX - row[i]  # bits of votes order as the votes do
+            score[i] = np.int32(2**15 - 1) - (row[i] >> np.int32(16))
     elif rule[2] == KEY_DIFF:
         first = j * block_size
         _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score)

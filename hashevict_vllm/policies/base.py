@@ -99,11 +99,24 @@ class EvictionRule(ABC):
         """
 
     def vote(
-        self, q: torch.Tensor, q_bits: torch.Tensor, slots: LiveSlots, scale: float
+        self,
+        q: torch.Tensor,
+        slots: LiveSlots,
+        projection: torch.Tensor,
+        scale: float,
+        t: int | None,
     ) -> None:
-        """Let a query (q [Hkv, G, D]) vote on slots, in place.
+        """Let a query vote on slots, in place.
 
-        Called for the tokens of `ResolvedKVPolicy.is_voter` only.
+        Called for the tokens of `ResolvedKVPolicy.voters` only.
+
+        Args:
+            q: float32 [Hkv, G, D].
+            slots: The n slots before the query's token.
+            projection: float32 [D, b].
+            scale: Softmax scale.
+            t: Position of the query in decode; None while a segment is read.
+
         """
         raise TypeError(f"{type(self).__name__} takes no votes")
 

@@ -77,7 +77,7 @@ class ReferenceLayer:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Design 1.2: evict before attention, then attend. q [1, Hq, D]."""
-        self._vote(q[0], self.t, len(self.slots), scale)
+        self._vote(q[0], self.t, len(self.slots), scale, decode=True)
         if len(self.slots) == self.policy.budget:
             self._evict(q[0], k[0], self.t, self.policy.budget)
         self._append(k, v)
@@ -91,7 +91,7 @@ class ReferenceLayer:
         self._append(k, v)
         output = self._attend(q, scale)
         for i in range(len(q)):
-            self._vote(q[i], start + i, arrived + i, scale)
+            self._vote(q[i], start + i, arrived + i, scale, decode=False)
         if len(self.slots) > self.policy.budget:
             survivors = self.rule.survivors(self.slots, self.t)
             if survivors is not None:
@@ -105,13 +105,14 @@ class ReferenceLayer:
                 arrived += 1
         return output
 
-    def _vote(self, q: torch.Tensor, t: int, arrived: int, scale: float) -> None:
+    def _vote(
+        self, q: torch.Tensor, t: int, arrived: int, scale: float, decode: bool
+    ) -> None:
         """Let the query (q [Hq, D]) at position t vote on the slots before it."""
-        if arrived and self.policy.is_voter(t, self.prompt_len):
-            heads = self.slots.k.shape[0]
-            q_bits = signature_bits(q, self.projection).unflatten(0, (heads, -1))
-            grouped = q.unflatten(0, (heads, -1))
-            self.rule.vote(grouped, q_bits, self.slots.first(arrived), scale)
+        if self.policy.voters(t, t + 1, self.prompt_len):
+            grouped = q.unflatten(0, (self.slots.k.shape[0], -1))
+            slots, when = self.slots.first(arrived), t if decode else None
+            self.rule.vote(grouped, slots, self.projection, scale, when)
 
     def _evict(self, q: torch.Tensor, k: torch.Tensor, t: int, arrived: int) -> None:
         """Drop the victim of the token (q [Hq, D], k [Hkv, D]) at position t."""

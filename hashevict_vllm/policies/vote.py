@@ -1,10 +1,10 @@
-"""HashEvict with memory: attention estimated from signatures, accumulated as votes.
+"""HashEvict with memory: attention estimated from signatures, cast as votes.
 
-The paper's one-step rule forgets what earlier queries needed. Here every query leaves a
-vote on the slots it would attend to, estimated before attention from signatures and key
-norms alone (the angle estimate of SimHash, Charikar 2002); H2O (arXiv 2306.14048)
-accumulates true scores so. A prompt segment is judged at its end by its last queries,
-max-pooled over neighbours, as SnapKV (arXiv 2404.14469) judges prompts by true scores.
+The paper's one-step rule forgets what earlier queries needed. Here queries vote on the
+slots that they would attend to, estimated before attention from signatures and key
+norms alone; H2O (arXiv 2306.14048) accumulates true scores so. A prompt segment is
+judged at its end by its last queries, as SnapKV (arXiv 2404.14469) judges by true
+scores, but what follows an attended slot is kept rather than what surrounds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,26 @@ import torch
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.projection import num_words
+from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
+
+SMOOTH = 2
+"""Votes are averaged over this many positions to either side before they are pooled."""
+
+AHEAD = 1
+"""Of the pooled positions, how many lie before the attended slot; the rest follow it:
+a query finds the words that it knows, and the answer stands behind them."""
+
+
+def estimate_scale(hash_bits: int, head_dim: int, orthogonal: bool) -> float:
+    """Factor c that makes c sum_j (q . r_j) sign(k . r_j) an unbiased q . k / |k|.
+
+    For Gaussian r, E[(q . r) sign(k . r)] = sqrt(2 / pi) q . k / |k| (QJL, arXiv
+    2406.03482, lemma 3.2); orthogonalised columns have unit length, Gaussian ones
+    sqrt(D).
+    """
+    length = math.sqrt(head_dim) if orthogonal else 1.0
+    return math.sqrt(math.pi / 2) * length / hash_bits
 
 
 class Vote(EvictionRule):
@@ -32,25 +51,58 @@ class Vote(EvictionRule):
         """See `EvictionRule.kernel_code`."""
         return codes.VOTE
 
-    def vote(
-        self, q: torch.Tensor, q_bits: torch.Tensor, slots: LiveSlots, scale: float
-    ) -> None:
-        """Votes decay, then grow by the estimated attention of the query group.
+    def centred_keys(self, slots: LiveSlots) -> torch.Tensor:
+        """Keys less their centre: the mean key of the sinks but the first token.
 
-        The angle between query and key is estimated as pi h / b from the Hamming
-        distance h, so the logit is scale |q| |k| cos(pi h / b); softmax over the slots.
+        Most of a key is what all keys of its head share, which shifts all logits of a
+        query alike; signs say more of the rest. The sinks are never evicted, so that
+        this mean never changes and signatures do not go stale.
+
+        Returns:
+            float32 [Hkv, n, D]. At least ``sinks`` tokens must have arrived.
+
         """
-        h = (q_bits[:, :, None] ^ slots.bits[:, None]).sum(-1)  # [Hkv, G, n]
-        cosine = torch.cos(math.pi / self.policy.hash_bits * h.to(torch.float32))
-        norms = q.norm(dim=-1)[..., None] * slots.k.norm(dim=-1)[:, None]
-        attention = (scale * norms * cosine).softmax(-1).sum(1)
-        slots.votes.mul_(self.policy.decay).add_(attention)
+        sinks = slots.k[:, 1 : self.policy.sinks]
+        return slots.k - sinks.mean(1, keepdim=True) if sinks.shape[1] else slots.k
+
+    def vote(
+        self,
+        q: torch.Tensor,
+        slots: LiveSlots,
+        projection: torch.Tensor,
+        scale: float,
+        t: int | None,
+    ) -> None:
+        """Votes grow by the estimated attention, the largest of the query group.
+
+        The logit is ``scale`` |k| c sum_j (q . r_j) sign(k . r_j) of the centred key k
+        and the query as it is; softmax over the slots. In decode votes fade first, and
+        slots that came since the last ballot start from the mean of the others.
+        """
+        k = self.centred_keys(slots)
+        signs = signature_bits(k, projection).float() * 2 - 1
+        c = estimate_scale(
+            self.policy.hash_bits, q.shape[-1], orthogonal=self.policy.orthogonal
+        )
+        logits = (q @ projection) @ signs.transpose(1, 2) * c * scale
+        attention = (logits * k.norm(dim=-1)[:, None]).softmax(-1).amax(1)
+        if t is not None:
+            slots.votes.mul_(self.policy.decay)
+            new = slots.position >= t - self.policy.vote_every
+            for votes, fresh in zip(slots.votes, new, strict=True):
+                votes[fresh] = votes[~fresh].mean() if not fresh.all() else 0.0
+        slots.votes.add_(attention)
 
     def score(
         self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int
     ) -> torch.Tensor:
-        """Fewest votes score highest; bits of non-negative floats order as they do."""
-        return 2**31 - 1 - slots.votes.contiguous().view(torch.int32).to(torch.int64)
+        """Fewest votes score highest; nearly equal ones tie, so that age decides.
+
+        Slots that no query wants differ in rounding only. The upper half of a
+        non-negative float's bits, its first seven digits, orders as the float does.
+        """
+        bits = slots.votes.contiguous().view(torch.int32).to(torch.int64)
+        return 2**15 - 1 - (bits >> 16)
 
     def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor:
         """Protected slots, then those with the most votes in their neighbourhood.
@@ -59,8 +111,7 @@ class Vote(EvictionRule):
         is judged alone, and what was kept for its neighbours would go first.
         """
         position = slots.position
-        near = (position[:, :, None] - position[:, None]).abs() <= self.policy.pool // 2
-        pooled = torch.where(near, slots.votes[:, None], 0.0).amax(-1)
+        pooled = self._pooled(position, slots.votes)
         slots.votes.copy_(pooled)
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
@@ -71,3 +122,13 @@ class Vote(EvictionRule):
         ranked = pooled.gather(1, by_age).argsort(dim=1, descending=True, stable=True)
         kept = by_age.gather(1, ranked[:, : self.policy.budget])
         return kept.sort(dim=1).values
+
+    def _pooled(self, position: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
+        """Votes [Hkv, n] smoothed, then the largest of a slot and those before it."""
+        if self.policy.pool == 1:
+            return votes.clone()
+        behind = position[:, :, None] - position[:, None]
+        near = behind.abs() <= SMOOTH
+        smooth = torch.where(near, votes[:, None], 0.0).sum(-1) / (2 * SMOOTH + 1)
+        reach = (behind >= -AHEAD) & (behind < self.policy.pool - AHEAD)
+        return torch.where(reach, smooth[:, None], 0.0).amax(-1)

@@ -82,7 +82,7 @@ class PagedLayer:
         self.k_map = (d * block_size + slot).astype(np.int32)
         self.v_map = (block_size * head_dim + slot * head_dim + d).astype(np.int32)
         self.rule = rule_array(policy)
-        self.strengths = vote_strengths(policy, 1.0)
+        self.strengths = vote_strengths(policy, head_dim**-0.5, head_dim)
 
     def step(
         self, chunks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

@@ -1,8 +1,9 @@
 """What a task is: samples for the engine, and how their outputs are scored.
 
-Every answer is decoded after the prompt has been read and reduced: also its fixed
-opening words (RULER's "answer prefix"), which are forced. The first token that is
-scored therefore comes from the evicting cache, never from a dense prefill.
+Every answer is decoded after the prompt has been read and reduced. The fixed words that
+open an answer (RULER's "answer prefix") end the prompt, as in RULER, except for their
+last token, which is forced: the first token that is scored therefore comes from the
+evicting cache, never from a dense prefill.
 """
 
 from __future__ import annotations
@@ -121,6 +122,12 @@ def mean(values: list[float]) -> float:
 def rng_of(task: str, length: int, seed: int, index: int) -> random.Random:
     """The random source of one sample."""
     return random.Random(f"{task}/{length}/{seed}/{index}")
+
+
+def split_opening(prompt: list[int], opening: list[int]) -> tuple[list[int], list[int]]:
+    """Move all but the last token of an answer's opening (or prompt) to the prompt."""
+    tokens = prompt + opening
+    return tokens[:-1], tokens[-1:]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

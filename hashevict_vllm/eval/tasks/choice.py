@@ -6,9 +6,10 @@ without digits) where there are such. The model never sees the list: each option
 decoded as the answer, and the one with the highest log-likelihood per token is chosen.
 
 The question stands after the context. Scoring an answer right after a prompt would
-test the prefill, which saw everything, not the cache; so at least the answer's opening
-(``squad``) is decoded first, and in ``squad_late`` the whole question too: the prompt
-is reduced before anyone knows what will be asked, as in a conversation's second turn.
+test the prefill, which saw everything, not the cache; so at least the last token before
+it (``squad``) is decoded first, and in ``squad_late`` the whole question too: the
+prompt is reduced before anyone knows what will be asked, as in a conversation's second
+turn.
 
 Score: 1 for a right choice, -1/3 for a wrong one, so that guessing gets 0; and the NLL
 of the gold answer.
@@ -31,6 +32,7 @@ from hashevict_vllm.eval.tasks.base import (
     largest,
     mean,
     rng_of,
+    split_opening,
     spoken,
 )
 from hashevict_vllm.eval.tasks.retrieval import documents_text
@@ -98,10 +100,12 @@ def _sample(
         if late:
             cut = text.index(context) + len(context)
             text, opening = text[:cut], text[cut:] + opening
-        said = encode(tokenizer, opening)
+        prompt, said = encode_prompt(tokenizer, text), encode(tokenizer, opening)
+        if not late:
+            prompt, said = split_opening(prompt, said)
         made[size] = Sample(
             index=index,
-            prompt=encode_prompt(tokenizer, text),
+            prompt=prompt,
             forced=tuple(
                 Continuation(said + encode(tokenizer, " " + choice), len(said))
                 for choice in choices

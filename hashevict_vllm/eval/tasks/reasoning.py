@@ -23,6 +23,7 @@ from hashevict_vllm.eval.tasks.base import (
     encode,
     largest,
     rng_of,
+    split_opening,
 )
 
 NAME = "reasoning/gsm8k"
@@ -61,7 +62,6 @@ def _sample(
 ) -> Sample:
     pool = data.gsm8k()[-EXAMPLES:]
     shots = rng_of(NAME, length, seed, index).sample(pool, EXAMPLES)
-    opening = encode(tokenizer, OPENING)
     gold = encode(tokenizer, " " + solution(item["answer"]))
     made: dict[int, Sample] = {}
 
@@ -70,9 +70,11 @@ def _sample(
             f"Question: {shot['question']}{OPENING} {solution(shot['answer'])}\n\n"
             for shot in shots[:count]
         )
+        asked = list(tokenizer.encode(f"{text}Question: {item['question']}"))
+        prompt, opening = split_opening(asked, encode(tokenizer, OPENING))
         made[count] = Sample(
             index=index,
-            prompt=list(tokenizer.encode(f"{text}Question: {item['question']}")),
+            prompt=prompt,
             opening=opening,
             free=FREE,
             stop=("\nQuestion:",),

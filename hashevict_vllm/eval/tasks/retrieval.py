@@ -9,9 +9,9 @@ answering below 2k tokens), and grow haystacks in steps of 500 words, too coarse
 - the context is the largest that fits, and the haystack starts at a random sentence of
   the essays (theirs always starts at the first), so that samples differ;
 - every sample has its own random source, so that more samples extend a run;
-- the answer's opening words are decoded, not read with the prompt (`base`), and the
-  free answer may be as long as the package allows or twice the gold answer, whichever
-  is less.
+- the last token of the answer's opening words is decoded, not read with the prompt
+  (`base`), and the free answer may be as long as the package allows or twice the gold
+  answer, whichever is less.
 
 Score: RULER's string match, the share of the gold strings that occur in the answer (in
 question answering: whether any does); and the NLL of the gold answer.
@@ -40,6 +40,7 @@ from hashevict_vllm.eval.tasks.base import (
     encode_prompt,
     largest,
     rng_of,
+    split_opening,
     spoken,
 )
 
@@ -340,11 +341,14 @@ def _make(base: str, build: Build, configuration: str) -> Task:
 
 
 def _sample(index: int, problem: Problem, tokenizer: Tokenizer, most: int) -> Sample:
-    opening = encode(tokenizer, spoken(tokenizer, problem.opening))
+    prompt, opening = split_opening(
+        encode_prompt(tokenizer, chat(tokenizer, problem.user)),
+        encode(tokenizer, spoken(tokenizer, problem.opening)),
+    )
     gold = encode(tokenizer, " " + problem.gold)
     return Sample(
         index=index,
-        prompt=encode_prompt(tokenizer, chat(tokenizer, problem.user)),
+        prompt=prompt,
         opening=opening,
         free=min(most, 2 * len(gold) + 8),
         forced=(Continuation(opening + gold, len(opening)),),

@@ -26,6 +26,7 @@ from hashevict_vllm.eval.tasks.base import (
     largest,
     mean,
     rng_of,
+    split_opening,
 )
 
 SUMMARY_TOKENS = 96
@@ -74,9 +75,9 @@ def _summary(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample
 
     def fits(size: int) -> bool:
         text = tokenizer.decode(tokens[:size]).strip()
-        prompt = encode_prompt(tokenizer, chat(tokenizer, ASK.format(text=text)))
-        # A token over, so that the answer is decoded from the reduced cache.
-        made[size] = Sample(index, prompt[:-1], prompt[-1:], free=SUMMARY_TOKENS)
+        whole = encode_prompt(tokenizer, chat(tokenizer, ASK.format(text=text)))
+        prompt, opening = split_opening(whole, [])
+        made[size] = Sample(index, prompt, opening, free=SUMMARY_TOKENS)
         return made[size].length <= length
 
     return made[largest(8, min(len(tokens), length), fits)]
