@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hashevict_vllm.attention.gpu_rule import device_rule, make_cosines
+from hashevict_vllm.attention.gpu_rule import device_rule, vote_factor
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.rule import DeviceRule
@@ -25,13 +25,12 @@ class DeviceConstants:
     Attributes:
         rule: What the kernels are compiled for.
         projection: float32 [D, b].
-        cosines: float32 [b + 1], see `make_cosines`.
-        scale: Softmax scale.
+        factor: See `vote_factor`.
         decay: Factor on earlier votes.
-        group: G, query heads per KV head.
         bound: Most slots of any request.
         signatures: int32 [T, Hkv, G + 1, W], of the step; layers use it in turn.
         squares: float32 [T, Hkv, G + 1], likewise.
+        slots: int32 [T, Hkv], where a round's tokens went, likewise.
         pieces: int32 [R, columns], the plan of a decode step.
         live: int32 [R], slots that it attends to.
         done: int32 [R], see `ops.plan`.
@@ -42,13 +41,12 @@ class DeviceConstants:
 
     rule: DeviceRule
     projection: torch.Tensor
-    cosines: torch.Tensor
-    scale: float
+    factor: float
     decay: float
-    group: int
     bound: int
     signatures: torch.Tensor
     squares: torch.Tensor
+    slots: torch.Tensor
     pieces: torch.Tensor
     live: torch.Tensor
     done: torch.Tensor
@@ -90,15 +88,14 @@ class DeviceConstants:
         return cls(
             rule=rule,
             projection=projection.to(device),
-            cosines=make_cosines(rule, device),
-            scale=layer.impl.scale,
+            factor=vote_factor(policy, layer.impl.scale, spec.head_size),
             decay=policy.decay,
-            group=group,
             bound=min(policy.budget + segment, max(longest, policy.budget)),
             signatures=ints(tokens, heads, group + 1, rule.hashed),
             squares=torch.zeros(
                 (tokens, heads, group + 1), dtype=torch.float32, device=device
             ),
+            slots=ints(tokens, heads),
             pieces=ints(requests, ops.NUM_COLUMNS),
             live=ints(requests),
             done=ints(requests),

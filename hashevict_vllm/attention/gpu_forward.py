@@ -76,14 +76,15 @@ class DeviceImplMixin:
         rule = list(constants.rule)
         pages = self._pages_of(kv_cache)
         signed = (constants.signatures[:tokens], constants.squares[:tokens])
-        if constants.rule.describes_keys:
+        if constants.rule.signs:
             ops.sign(query, key, constants.projection, *signed, rule)
         cache = (pages.k, pages.v, pages.tail)
-        votes = (constants.cosines, constants.scale, constants.decay)
-        common = (rule, constants.group, constants.bound)
+        votes = (constants.factor, constants.decay, rule, constants.bound)
+        projection, slots = constants.projection, constants.slots[:tokens]
         table, scales = attn_metadata.block_table, self._scales(layer)
         for step in attn_metadata.rounds:
             ops.write(
+                query,
                 key,
                 value,
                 *signed,
@@ -92,13 +93,34 @@ class DeviceImplMixin:
                 table,
                 *cache,
                 *scales,
+                projection,
+                slots,
                 *votes,
-                *common,
                 step.scans,
             )
+            if constants.rule.votes:
+                ops.describe(
+                    step.pieces,
+                    step.token_piece,
+                    slots,
+                    table,
+                    pages.k,
+                    scales[0],
+                    pages.tail,
+                    projection,
+                    rule,
+                )
             self._attend(layer, query, key, value, kv_cache, step, output, output_scale)
             if step.reduced is not None:
-                ops.mark(*signed, step.reduced, table, pages.tail, *votes, *common)
+                ops.mark(
+                    query,
+                    signed[0],
+                    step.reduced,
+                    table,
+                    pages.tail,
+                    projection,
+                    *votes,
+                )
                 ops.compact(step.reduced, table, *cache, rule, constants.bound)
         return output
 

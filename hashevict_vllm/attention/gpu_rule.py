@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-
 from hashevict_vllm.config import VOTE_HORIZON, KVPolicyError, ResolvedKVPolicy
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton.rule import DeviceRule, make_salt
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.policies.vote import estimate_scale
 
 
 def device_rule(policy: ResolvedKVPolicy) -> DeviceRule:
@@ -35,13 +32,14 @@ def device_rule(policy: ResolvedKVPolicy) -> DeviceRule:
         budget=policy.budget,
         segment=policy.segment,
         window=policy.window if policy.votes else 0,
+        every=policy.vote_every,
         horizon=VOTE_HORIZON,
         pool=policy.pool,
     )
 
 
-def make_cosines(rule: DeviceRule, device: torch.device) -> torch.Tensor:
-    """cos(pi h / b) for every Hamming distance h: float32 [b + 1] on the device."""
-    angles = [math.pi / max(rule.bits, 1) * h for h in range(rule.bits + 1)]
-    cosines = torch.tensor(angles, dtype=torch.float64, device="cpu").cos()
-    return cosines.to(device=device, dtype=torch.float32)
+def vote_factor(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> float:
+    """What estimated logits are multiplied with: softmax scale times c."""
+    if not policy.votes:
+        return 0.0
+    return scale * estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)

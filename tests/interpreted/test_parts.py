@@ -25,12 +25,15 @@ from hashevict_vllm.kernels.triton.pieces import NAMES
 POISON = -123456789
 
 policies = st.builds(
-    lambda budget, segment, rule: resolve(
-        {"budget": budget, "segment": segment, "sinks": 0, "recent": 0, **rule}, 16
+    lambda budget, segment, sinks, rule: resolve(
+        {"budget": budget, "segment": segment, "sinks": sinks, "recent": 3, **rule}, 16
     ),
-    st.integers(20, 300),
+    st.integers(24, 300),
     st.sampled_from([1, 16, 32, 160, "prompt"]),
-    st.sampled_from([{"scoring": "instant"}, {"scoring": "vote", "window": 20}]),
+    st.integers(0, 5),
+    st.sampled_from(
+        [{"scoring": "instant"}, {"scoring": "vote", "window": 20, "vote_every": 3}]
+    ),
 )
 
 
@@ -101,7 +104,9 @@ def test_signatures_and_squares_equal_the_oracle(
 ) -> None:
     torch.manual_seed(0)
     tokens, heads, group, bits = 5, 2, 3, 36
-    rule = device_rule(resolve({"budget": 64, "hash_bits": bits}, 16))
+    rule = device_rule(
+        resolve({"scoring": "instant", "budget": 64, "hash_bits": bits}, 16)
+    )
     projection = make_projection(head_dim, bits, 0, True)
     # As the model passes them: slices of one fused projection, so strided by token.
     fused = torch.randn(tokens, heads * (group + 2), head_dim).to(dtype)
@@ -135,7 +140,9 @@ def test_population_counts_are_right() -> None:
 @pytest.mark.parametrize("scoring", ["instant", "vote"])
 def test_decode_never_asks_the_host_for_a_value(scoring: str) -> None:
     torch.manual_seed(0)
-    policy = resolve({"scoring": scoring, "budget": 24, "segment": 16, "recent": 2}, 16)
+    policy = resolve(
+        {"scoring": scoring, "budget": 36, "segment": 16, "sinks": 4, "recent": 8}, 16
+    )
     layer = TritonLayer(policy, [40, 12], [60, 60], 1, 2, 16, 16, torch.float32)
     prompts = [
         tuple(torch.randn(n, heads, 16) for heads in (2, 1, 1)) for n in (40, 12)
@@ -159,13 +166,20 @@ def test_decode_never_asks_the_host_for_a_value(scoring: str) -> None:
         plan = tuple(map(device, (done, pieces, live, token_piece)))
         ops.plan(device(where), device(lens), device(prompt_lens), *plan, rule, True)
         signed = (device(signatures), device(squares))
-        ops.sign(q, k, device(layer.projection), *signed, rule)
-        votes = (device(layer.cosines), 1.0, policy.decay)
+        projection = device(layer.projection)
+        if layer.rule.signs:
+            ops.sign(q, k, projection, *signed, rule)
+        slots = device(torch.zeros(2, 1, **ints))
         ops.write(
-            k, v, *signed, plan[1], plan[3], table, *cache, None, None, *votes, rule,
-            2, layer.bound, True,
+            q, k, v, *signed, plan[1], plan[3], table, *cache, None, None, projection,
+            slots, layer.factor, policy.decay, rule, layer.bound, True,
         )  # fmt: skip
-    assert live.tolist() == [24, 13]
+        if layer.rule.votes:
+            ops.describe(
+                plan[1], plan[3], slots, table, cache[0], None, cache[2], projection,
+                rule,
+            )  # fmt: skip
+    assert live.tolist() == [36, 13]
     layer.computed = [41, 13]
     assert layer.live(0)[0][0, -1] == 40
     assert layer.live(1)[0][0, -1] == 12

@@ -29,8 +29,10 @@ def test_prefill_mixed_and_decode_batches_equal_the_oracle(
             "scoring": scoring,
             "budget": 40,
             "segment": segment,
+            "sinks": 5,
             "recent": 6,
-            **({"window": 4} if scoring == "vote" else {}),
+            "hash_bits": 16,
+            **({"window": 4, "vote_every": 2} if scoring == "vote" else {}),
         },
         16,
     )

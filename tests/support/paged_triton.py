@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hashevict_vllm.attention.gpu_rule import device_rule, make_cosines
+from hashevict_vllm.attention.gpu_rule import device_rule, vote_factor
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels.projection import make_projection
@@ -13,7 +13,7 @@ from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 
 POISON = 0x5A
 LAYOUTS = ("heads first", "slots first", "K and V apart")
-SCALE = 1.0
+SCALE = 0.25
 
 
 def make_pages(
@@ -97,7 +97,7 @@ class TritonLayer:
         self.projection = make_projection(
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
-        self.cosines = make_cosines(self.rule, torch.device("cpu"))
+        self.factor = vote_factor(policy, SCALE, head_dim)
         self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if cache_dtype is not None:
             self.scales = (torch.tensor([0.5]), torch.tensor([0.25]))
@@ -159,14 +159,16 @@ class TritonLayer:
             token_piece,
             rule,
         )
-        if self.rule.describes_keys:
+        if self.rule.signs:
             ops.sign(q, k, self.projection, signatures, squares, rule)
         pages = self.pages
         cache = (pages.k, pages.v, pages.tail)
-        votes = (self.cosines, SCALE, self.policy.decay)
+        votes = (self.factor, self.policy.decay, rule, self.bound)
+        slots = poisoned(tokens, heads)
         for index, scan in enumerate(scans):
             ops.plan(*arguments, index == 0)
             ops.write(
+                q,
                 k,
                 v,
                 signatures,
@@ -176,22 +178,31 @@ class TritonLayer:
                 self.block_table,
                 *cache,
                 *self.scales,
+                self.projection,
+                slots,
                 *votes,
-                rule,
-                group,
-                self.bound,
                 scan,
             )
+            if self.rule.votes:
+                ops.describe(
+                    pieces,
+                    token_piece,
+                    slots,
+                    self.block_table,
+                    pages.k,
+                    self.scales[0],
+                    pages.tail,
+                    self.projection,
+                    rule,
+                )
             ops.mark(
+                q,
                 signatures,
-                squares,
                 pieces,
                 self.block_table,
                 pages.tail,
+                self.projection,
                 *votes,
-                rule,
-                group,
-                self.bound,
             )
             ops.compact(pieces, self.block_table, *cache, rule, self.bound)
 

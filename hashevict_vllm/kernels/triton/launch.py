@@ -52,6 +52,11 @@ def sign_tokens(num_tokens: int, group: int) -> int:
     return min(padded(num_tokens // 16), most)
 
 
+def describe_tokens(num_tokens: int, sinks: int) -> int:
+    """Slots described by one program, which must have room for all sinks."""
+    return max(16, padded(sinks), min(padded(num_tokens // 16), 64))
+
+
 def as_integers(cache: torch.Tensor) -> torch.Tensor:
     """The raw bits of a cache: moving slots is the same for every dtype."""
     return cache.view(_BITS_OF_SIZE[cache.element_size()])

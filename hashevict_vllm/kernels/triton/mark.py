@@ -114,6 +114,7 @@ def pool_kernel(
     pieces,
     block_table,
     tail,
+    smooth,
     pooled,
     num_heads,
     width,
@@ -122,20 +123,23 @@ def pool_kernel(
     head_stride,
     word_stride,
     WORDS: tl.constexpr,
-    REACH: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SMOOTHS: tl.constexpr,
     N: tl.constexpr,
     TILE: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
 ):
-    """One program: the pooled votes of ``TILE`` slots of one piece and KV head.
+    """One program: ``TILE`` slots of one piece and KV head gather their neighbours'.
 
-    A slot's pooled votes are the most of any live slot up to ``REACH`` positions away.
+    A launch with ``SMOOTHS`` averages votes; the next takes the largest of averages.
     Slots lie in no order of position, so every slot is compared with every other.
 
     Args:
         pieces: int32 [P, columns]; those that are not compacted are left out.
         block_table: int32 [R, max blocks].
         tail: int32, see `meta_of`.
+        smooth: float32 [P, Hkv, width], read unless ``SMOOTHS``.
         pooled: float32 [P, Hkv, width], written for the piece's slots.
         num_heads: Hkv.
         width: Slots per row of ``pooled``.
@@ -144,7 +148,10 @@ def pool_kernel(
         head_stride: See `meta_of`.
         word_stride: See `meta_of`.
         WORDS: Words of the rule per slot; the last are the votes.
-        REACH: ``pool // 2``.
+        BEFORE: Neighbours are up to so many positions older,
+        AHEAD: and up to so many newer.
+        SMOOTHS: Whether votes of the tail are averaged, over all positions in reach,
+            or ``smooth`` is maximised.
         N: Slots of a block.
         TILE: Slots of a program.
         NEIGHBOURS: Slots compared with at a time.
@@ -161,19 +168,28 @@ def pool_kernel(
     used = slots < end
     meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
     position = tl.load(meta + WORDS * word_stride, mask=used, other=0)
-    most = tl.zeros([TILE], tl.float32)
+    gathered = tl.zeros([TILE], tl.float32)
+    row = (index * num_heads + head).to(tl.int64) * width
     for other in range(0, end, NEIGHBOURS):
         others = other + tl.arange(0, NEIGHBOURS)
         there = others < end
         near = meta_of(tail, table, others, there, head, block_stride, head_stride, N)
-        bits = tl.load(near + (WORDS - 1) * word_stride, mask=there, other=0)
-        votes = bits.to(tl.float32, bitcast=True)
+        if SMOOTHS:
+            bits = tl.load(near + (WORDS - 1) * word_stride, mask=there, other=0)
+            votes = bits.to(tl.float32, bitcast=True)
+        else:
+            votes = tl.load(smooth + row + others, mask=there, other=0.0)
         at = tl.load(near + WORDS * word_stride, mask=there, other=0)
-        close = tl.abs(position[:, None] - at[None, :]) <= REACH
-        close = close & there[None, :]
-        most = tl.maximum(most, tl.max(tl.where(close, votes[None, :], 0.0), 1))
-    row = (index * num_heads + head).to(tl.int64) * width
-    tl.store(pooled + row + slots, most, mask=used)
+        behind = position[:, None] - at[None, :]
+        close = (behind <= BEFORE) & (behind >= -AHEAD) & there[None, :]
+        votes = tl.where(close, votes[None, :], 0.0)
+        if SMOOTHS:
+            gathered += tl.sum(votes, 1)
+        else:
+            gathered = tl.maximum(gathered, tl.max(votes, 1))
+    if SMOOTHS:
+        gathered = gathered / (BEFORE + AHEAD + 1)
+    tl.store(pooled + row + slots, gathered, mask=used)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
+from hashevict_vllm.kernels.triton.describe import describe_kernel
 from hashevict_vllm.kernels.triton.mark import (
     pool_kernel,
     replay_kernel,
@@ -26,8 +27,17 @@ from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.kernels.triton.sign import sign_kernel
 from hashevict_vllm.kernels.triton.votes import vote_kernel
 from hashevict_vllm.kernels.triton.write import write_kernel
+from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
 NUM_COLUMNS = len(NAMES)
+
+
+def _projections(
+    rule: DeviceRule, pieces: Tensor, num_heads: int, members: int
+) -> Tensor:
+    """Scratch for projected queries, where a rule votes: float32 [P, Hkv, b, G']."""
+    shape = (pieces.shape[0] if rule.votes else 0, num_heads, rule.bits, members)
+    return torch.empty(shape, dtype=torch.float32, device=pieces.device)
 
 
 @torch.library.custom_op(
@@ -72,7 +82,9 @@ def plan(
         FIRST_ROUND=first_round,
         BUDGET=r.budget,
         SEGMENT=r.segment,
+        SINKS=r.sinks,
         WINDOW=r.window,
+        EVERY=r.every,
         HORIZON=r.horizon,
         TILE=launch.PLAN_TILE,
         num_warps=4,
@@ -128,9 +140,10 @@ def sign(
 
 
 @torch.library.custom_op(
-    "hashevict::write", mutates_args=("k_cache", "v_cache", "tail")
+    "hashevict::write", mutates_args=("k_cache", "v_cache", "tail", "slots")
 )
 def write(
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     signatures: Tensor,
@@ -143,17 +156,18 @@ def write(
     tail: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    cosines: Tensor,
-    scale: float,
+    projection: Tensor,
+    slots: Tensor,
+    factor: float,
     decay: float,
     rule: Sequence[int],
-    group: int,
     bound: int,
     scans: bool,
 ) -> None:
     """Write tokens into their slots, evicting where full; arguments as `write_kernel`.
 
     Args:
+        q: [T, Hq, D].
         k: [T, Hkv, D].
         v: [T, Hkv, D].
         signatures: int32 [T, Hkv, G + 1, W], from `sign`.
@@ -166,24 +180,27 @@ def write(
         tail: int32 [B, Hkv, W + 1, N].
         k_scale: float32 [1] for an fp8 cache, else None.
         v_scale: Likewise.
-        cosines: float32 [b + 1], cos(pi h / b).
-        scale: Softmax scale.
+        projection: float32 [D, b].
+        slots: int32 [T, Hkv], written by rules that vote, for `describe`.
+        factor: Softmax scale times `hashevict_vllm.policies.vote.estimate_scale`.
         decay: Factor on earlier votes.
         rule: See the module.
-        group: G, query heads per KV head.
         bound: See the module.
         scans: Whether any piece of the round may evict or vote.
 
     """
     r = DeviceRule(*rule)
     num_tokens, num_heads, head_dim = k.shape
-    launch.check_rows(k=k, v=v, k_cache=k_cache, v_cache=v_cache, tail=tail)
+    launch.check_rows(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, tail=tail)
+    group = q.shape[1] // num_heads
     if num_tokens == 0:
         return
     tile = launch.scan_tile(bound)
     if r.votes:
         tile = launch.vote_tile(group, bound)
+    members = launch.padded(group)
     write_kernel[(num_tokens, num_heads)](
+        q,
         k,
         v,
         signatures,
@@ -196,10 +213,13 @@ def write(
         tail,
         k_scale,
         v_scale,
-        cosines,
-        scale,
+        projection,
+        _projections(r, pieces, num_heads, members),
+        slots,
+        factor,
         decay,
         num_heads,
+        *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
         block_table.stride(0),
@@ -209,9 +229,12 @@ def write(
         KIND=r.kind,
         WORDS=r.words,
         HASHED=r.hashed,
+        BITS=r.bits,
         GROUP=group,
-        MEMBERS=launch.padded(group),
+        MEMBERS=members,
         SALT=r.salt,
+        EVERY=r.every,
+        STEP=launch.SIGN_STEP,
         SINKS=r.sinks,
         RECENT=r.recent,
         DIM=head_dim,
@@ -223,39 +246,98 @@ def write(
     )
 
 
+@torch.library.custom_op("hashevict::describe", mutates_args=("tail",))
+def describe(
+    pieces: Tensor,
+    token_piece: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    k_cache: Tensor,
+    k_scale: Tensor | None,
+    tail: Tensor,
+    projection: Tensor,
+    rule: Sequence[int],
+) -> None:
+    """Signatures and norms of the keys just written, for rules that vote.
+
+    Args:
+        pieces: As `write`.
+        token_piece: As `write`.
+        slots: int32 [T, Hkv], from `write`.
+        block_table: As `write`.
+        k_cache: As `write`.
+        k_scale: As `write`.
+        tail: As `write`.
+        projection: As `write`.
+        rule: See the module.
+
+    """
+    r = DeviceRule(*rule)
+    num_tokens, num_heads = slots.shape
+    launch.check_rows(k_cache=k_cache, tail=tail)
+    if num_tokens == 0:
+        return
+    tokens = launch.describe_tokens(num_tokens, r.sinks)
+    programs = triton.cdiv(num_tokens, tokens)
+    describe_kernel[(programs + (pieces.shape[0] if r.sinks else 0), num_heads)](
+        projection,
+        pieces,
+        token_piece,
+        slots,
+        block_table,
+        k_cache,
+        k_scale,
+        tail,
+        num_tokens,
+        programs,
+        num_heads,
+        block_table.stride(0),
+        *k_cache.stride()[:3],
+        *tail.stride()[:3],
+        SINKS=r.sinks,
+        WORDS=r.words,
+        DIM=k_cache.shape[3],
+        BITS=r.bits,
+        COLUMNS=max(launch.padded(r.bits), 32),
+        TOKENS=tokens,
+        STEP=launch.SIGN_STEP,
+        N=tail.shape[3],
+        num_warps=4,
+    )
+
+
 @torch.library.custom_op("hashevict::mark", mutates_args=("tail",))
 def mark(
+    q: Tensor,
     signatures: Tensor,
-    squares: Tensor,
     pieces: Tensor,
     block_table: Tensor,
     tail: Tensor,
-    cosines: Tensor,
-    scale: float,
+    projection: Tensor,
+    factor: float,
     decay: float,
     rule: Sequence[int],
-    group: int,
     bound: int,
 ) -> None:
     """Mark the losers of every piece, by replay or by votes.
 
     Args:
+        q: As `write`.
         signatures: As `write`.
-        squares: As `write`.
         pieces: int32 [P, columns], the pieces that overflow the budget or vote.
         block_table: As `write`.
         tail: As `write`.
-        cosines: As `write`.
-        scale: As `write`.
+        projection: As `write`.
+        factor: As `write`.
         decay: As `write`.
         rule: See the module.
-        group: G.
         bound: See the module.
 
     """
     r = DeviceRule(*rule)
     num_pieces, num_heads = pieces.shape[0], tail.shape[1]
-    launch.check_rows(tail=tail)
+    group = q.shape[1] // num_heads
+    launch.check_rows(q=q, tail=tail)
     if num_pieces == 0:
         return
     grid = (num_pieces, num_heads)
@@ -282,42 +364,58 @@ def mark(
             **launch.SCAN_OPTIONS,
         )
         return
+    members = launch.padded(group)
     vote_kernel[grid](
-        signatures,
-        squares,
+        q,
+        projection,
+        _projections(r, pieces, num_heads, members),
         pieces,
         block_table,
         tail,
-        cosines,
-        scale,
+        factor,
         decay,
         num_heads,
+        *q.stride()[:2],
         *strides,
         WORDS=r.words,
+        DIM=q.shape[2],
+        BITS=r.bits,
         GROUP=group,
-        MEMBERS=launch.padded(group),
+        MEMBERS=members,
+        EVERY=r.every,
+        STEP=launch.SIGN_STEP,
         N=tail.shape[3],
         TILE=launch.vote_tile(group, bound),
         **launch.SCAN_OPTIONS,
     )
-    pooled = torch.empty(
-        (num_pieces, num_heads, bound), dtype=torch.float32, device=tail.device
+    shape = (num_pieces, num_heads, bound)
+    pooled, smooth = (
+        torch.empty(shape, dtype=torch.float32, device=tail.device) for _ in range(2)
     )
-    pool_kernel[(*grid, triton.cdiv(bound, launch.POOL_TILE))](
-        pieces,
-        block_table,
-        tail,
-        pooled,
-        num_heads,
-        bound,
-        *strides,
-        WORDS=r.words,
-        REACH=r.pool // 2,
-        N=tail.shape[3],
-        TILE=launch.POOL_TILE,
-        NEIGHBOURS=launch.POOL_NEIGHBOURS,
-        num_warps=4,
-    )
+    # Which neighbours count (policies/vote.py); without pooling a slot is its own.
+    reach = (0, 0) if r.pool == 1 else (SMOOTH, SMOOTH)
+    stages = [(smooth if r.pool > 1 else pooled, *reach, True)]
+    if r.pool > 1:
+        stages.append((pooled, r.pool - AHEAD - 1, AHEAD, False))
+    for target, before, ahead, smooths in stages:
+        pool_kernel[(*grid, triton.cdiv(bound, launch.POOL_TILE))](
+            pieces,
+            block_table,
+            tail,
+            smooth,
+            target,
+            num_heads,
+            bound,
+            *strides,
+            WORDS=r.words,
+            BEFORE=before,
+            AHEAD=ahead,
+            SMOOTHS=smooths,
+            N=tail.shape[3],
+            TILE=launch.POOL_TILE,
+            NEIGHBOURS=launch.POOL_NEIGHBOURS,
+            num_warps=4,
+        )
     select_kernel[grid](
         pieces,
         block_table,
@@ -412,6 +510,7 @@ def compact(
 
 
 @plan.register_fake
+@describe.register_fake
 @sign.register_fake
 @write.register_fake
 @mark.register_fake

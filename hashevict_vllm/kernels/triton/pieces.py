@@ -17,6 +17,7 @@ NAMES = (
     "evict",
     "compact",
     "first_voter",
+    "ballots",
     "live",
 )
 """Row of the block table, then the fields of a `Piece`; ``live`` are the slots that the
@@ -32,4 +33,5 @@ SLOT = tl.constexpr(NAMES.index("slot"))
 EVICT = tl.constexpr(NAMES.index("evict"))
 COMPACT = tl.constexpr(NAMES.index("compact"))
 FIRST_VOTER = tl.constexpr(NAMES.index("first_voter"))
+BALLOTS = tl.constexpr(NAMES.index("ballots"))
 LIVE = tl.constexpr(NAMES.index("live"))

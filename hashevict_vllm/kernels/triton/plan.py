@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from hashevict_vllm.kernels.triton.pieces import (
+    BALLOTS,
     COMPACT,
     COUNT,
     EVICT,
@@ -41,22 +42,23 @@ def _first_voter(
     prompt,
     BUDGET: tl.constexpr,
     SEGMENT: tl.constexpr,
+    SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
+    EVERY: tl.constexpr,
     HORIZON: tl.constexpr,
 ):
-    """First voting position of a piece, ``stop`` if none (`ResolvedKVPolicy.is_voter`).
-
-    Of the segments that a piece may hold together only the last can be full.
-    """
+    """First voter of a piece, ``stop`` if none votes (`ResolvedKVPolicy.voters`)."""
     if WINDOW == 0:
         return stop
-    decode = tl.minimum(tl.maximum(start, BUDGET - HORIZON), stop)
+    first = tl.maximum(start, max(SINKS, 1))
+    decode = tl.maximum(first, BUDGET - HORIZON)
+    decode = tl.minimum((decode + EVERY - 1) // EVERY * EVERY, stop)
     if SEGMENT == 1:
         return decode
-    opening = (stop - 1) // SEGMENT * SEGMENT
-    end = tl.minimum(opening + SEGMENT, prompt)
+    begin = (stop - 1) // SEGMENT * SEGMENT
+    end = tl.minimum(begin + SEGMENT, prompt)
     full = tl.where(end == prompt, BUDGET - HORIZON, BUDGET)
-    first = tl.maximum(tl.maximum(start, opening), end - WINDOW)
+    first = tl.maximum(tl.maximum(first, begin), end - WINDOW)
     first = tl.where(end > full, tl.minimum(first, stop), stop)
     return tl.where(start >= prompt, decode, first)
 
@@ -73,7 +75,9 @@ def plan_kernel(
     FIRST_ROUND: tl.constexpr,
     BUDGET: tl.constexpr,
     SEGMENT: tl.constexpr,
+    SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
+    EVERY: tl.constexpr,
     HORIZON: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -92,7 +96,9 @@ def plan_kernel(
         FIRST_ROUND: Whether the step begins.
         BUDGET: C.
         SEGMENT: S.
+        SINKS: Nobody votes before they are there.
         WINDOW: Voting queries of a segment; 0 for rules that do not vote.
+        EVERY: In decode, one token of so many votes.
         HORIZON: Steps before the cache is full from which on votes are kept.
         TILE: Tokens per step of filling ``token_piece``.
 
@@ -120,7 +126,9 @@ def plan_kernel(
     stop = tl.minimum(stop, end)
     count = tl.maximum(stop - start, 0)
     compact = reading & (stop == boundary) & (slot + count > BUDGET) & (count > 0)
-    voter = _first_voter(start, stop, prompt, BUDGET, SEGMENT, WINDOW, HORIZON)
+    voter = _first_voter(
+        start, stop, prompt, BUDGET, SEGMENT, SINKS, WINDOW, EVERY, HORIZON
+    )
     after = tl.where(count == 0, 0, tl.where(evict, slot, slot + count))
     piece = pieces + request * NUM_COLUMNS
     tl.store(piece + REQUEST, request)
@@ -131,6 +139,7 @@ def plan_kernel(
     tl.store(piece + EVICT, (evict & (count > 0)).to(tl.int32))
     tl.store(piece + COMPACT, compact.to(tl.int32))
     tl.store(piece + FIRST_VOTER, tl.where(count == 0, 0, voter - start))
+    tl.store(piece + BALLOTS, tl.where(reading | (count == 0), 0, EVERY))
     tl.store(piece + LIVE, after)
     tl.store(live + request, after)
     tl.store(done + request, start + count)

@@ -23,6 +23,7 @@ class DeviceRule(NamedTuple):
         budget: C.
         segment: S.
         window: Voting queries of a segment; 0 for rules that do not vote.
+        every: In decode, one token of so many votes.
         horizon: Steps before the cache is full from which on votes are kept.
         pool: Positions over which votes are max-pooled.
 
@@ -37,6 +38,7 @@ class DeviceRule(NamedTuple):
     budget: int
     segment: int
     window: int
+    every: int
     horizon: int
     pool: int
 
@@ -51,9 +53,12 @@ class DeviceRule(NamedTuple):
         return self.kind == codes.VOTE
 
     @property
-    def describes_keys(self) -> bool:
-        """Whether signatures or norms are needed at all (`ops.sign`)."""
-        return self.words > 0
+    def signs(self) -> bool:
+        """Whether signatures or norms come from `ops.sign`, before tokens are written.
+
+        Rules that vote describe keys afterwards (`ops.describe`).
+        """
+        return self.words > 0 and not self.votes
 
 
 def make_salt(seed: int) -> int:

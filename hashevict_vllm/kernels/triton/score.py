@@ -83,7 +83,7 @@ def slot_scores(
         return mix(position, t, SALT)
     elif KIND == VOTE:
         votes = tl.load(meta + (WORDS - 1) * word_stride, mask=used, other=0)
-        return votes ^ _INT32_MAX  # fewest first: bits of votes order as the votes do
+        return (votes >> 16) ^ 0x7FFF  # fewest first; nearly equal ones tie
     else:
         tl.static_assert(KIND == RECENCY, "no such kind of score")
         return tl.zeros(used.shape, tl.int32)

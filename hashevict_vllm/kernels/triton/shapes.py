@@ -60,12 +60,13 @@ class Shape:
             kind=self.kind,
             words=num_words(bits) + _WORDS_BESIDE_SIGNATURE.get(self.kind, 0),
             bits=bits,
-            sinks=4,
+            sinks=16 if self.kind == codes.VOTE else 4,
             recent=self.budget // 4,
             salt=make_salt(0),
             budget=self.budget,
             segment=self.segment,
             window=16 if self.kind == codes.VOTE else 0,
+            every=8,
             horizon=256,
             pool=15,
         )
@@ -84,7 +85,7 @@ class Shape:
         signatures = torch.empty(tokens, heads, group + 1, rule.hashed).int()
         squares = torch.empty(tokens, heads, group + 1)
         projection = torch.empty(dim, max(rule.bits, 1))
-        cosines = torch.empty(rule.bits + 1)
+        slots = torch.zeros(tokens, heads).int()
         cache_dtype = self.cache_dtype or self.dtype
         content = heads * self.block_size * 2 * dim
         page = content + heads * (rule.words + 1) * self.block_size * 4
@@ -99,18 +100,22 @@ class Shape:
         pieces = torch.zeros(tokens, ops.NUM_COLUMNS).int()
         ints = [torch.zeros(tokens + 1).int() for _ in range(6)]
         scale = torch.ones(1) if cache_dtype.itemsize == 1 else None
-        signed, common = (signatures, squares), (list(rule), group, self.bound)
-        votes = (cosines, 0.125, 0.98)
+        signed, votes = (signatures, squares), (0.125, 0.85, list(rule), self.bound)
         with recorded_launches() as launches:
             ops.plan(*ints[:4], pieces, ints[4], ints[5], list(rule), True)
-            if rule.describes_keys:
+            if rule.signs:
                 ops.sign(q, k, projection, *signed, list(rule))
             for scans in (True, False):
                 ops.write(
-                    k, k, *signed, pieces, ints[5], table, *cache, scale, scale, *votes,
-                    *common, scans,
+                    q, k, k, *signed, pieces, ints[5], table, *cache, scale, scale,
+                    projection, slots, *votes, scans,
                 )  # fmt: skip
-            ops.mark(*signed, pieces, table, pages.tail, *votes, *common)
+            if rule.votes:
+                ops.describe(
+                    pieces, ints[5], slots, table, pages.k, scale, pages.tail,
+                    projection, list(rule),
+                )  # fmt: skip
+            ops.mark(q, signatures, pieces, table, pages.tail, projection, *votes)
             ops.compact(pieces, table, *cache, list(rule), self.bound)
         return launches
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hashevict_vllm.kernels.triton.pieces import (
+    BALLOTS,
     COUNT,
     EVICT,
     FIRST_VOTER,
@@ -38,25 +39,19 @@ def _write_words(
     word_stride,
     signature,
     square,
-    position,
     KIND: tl.constexpr,
-    WORDS: tl.constexpr,
     HASHED: tl.constexpr,
 ):
-    """What a slot keeps of its key (`EvictionRule.words`), and its position."""
+    """What a slot keeps of its key (`EvictionRule.words`)."""
     for w in tl.static_range(HASHED):
         tl.store(meta + w * word_stride, tl.load(signature + w))
     if KIND == NORM:
         tl.store(meta, tl.load(square).to(tl.int32, bitcast=True))
-    elif KIND == VOTE:
-        norm = tl.sqrt(tl.load(square))
-        tl.store(meta + HASHED * word_stride, norm.to(tl.int32, bitcast=True))
-        tl.store(meta + (HASHED + 1) * word_stride, 0)  # no votes yet
-    tl.store(meta + WORDS * word_stride, position)
 
 
 @triton.jit
 def write_kernel(
+    q,
     k,
     v,
     signatures,
@@ -69,10 +64,14 @@ def write_kernel(
     tail,
     k_scale,
     v_scale,
-    cosines,
-    scale,
+    projection,
+    projected,
+    slots,
+    factor,
     decay,
     num_heads,
+    q_token_stride,
+    q_head_stride,
     k_token_stride,
     k_head_stride,
     v_token_stride,
@@ -90,9 +89,12 @@ def write_kernel(
     KIND: tl.constexpr,
     WORDS: tl.constexpr,
     HASHED: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
     SALT: tl.constexpr,
+    EVERY: tl.constexpr,
+    STEP: tl.constexpr,
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
     DIM: tl.constexpr,
@@ -108,6 +110,7 @@ def write_kernel(
     each other's slots only where a piece evicts, and such a piece is one token long.
 
     Args:
+        q: [T, Hq, D], read by rules that vote.
         k: [T, Hkv, D], elements of a head contiguous, any float dtype.
         v: [T, Hkv, D], likewise.
         signatures: int32 [T, Hkv, G + 1, W'], see `sign_kernel`; unused if W' is 0.
@@ -120,10 +123,14 @@ def write_kernel(
         tail: int32, see `meta_of`.
         k_scale: float32 [1], what fp8 slots are divided by; None for other dtypes.
         v_scale: The same for V.
-        cosines: float32 [b + 1], see `cast_votes`; unused by rules that do not vote.
-        scale: Softmax scale.
+        projection: float32 [D, b], read by rules that vote.
+        projected: float32 [P, Hkv, b, G'], their scratch.
+        slots: int32 [T, Hkv], written by rules that vote: where each token went.
+        factor: See `cast_votes`.
         decay: Factor on earlier votes.
         num_heads: Hkv.
+        q_token_stride: Elements between tokens of q.
+        q_head_stride: Elements between heads of q.
         k_token_stride: Elements between tokens of k.
         k_head_stride: Elements between heads of k.
         v_token_stride: Elements between tokens of v.
@@ -141,9 +148,12 @@ def write_kernel(
         KIND: Kind of score, see `hashevict_vllm.kernels.codes`.
         WORDS: Words of the rule per slot.
         HASHED: Those of them that are the signature, W'.
+        BITS: b.
         GROUP: G.
         MEMBERS: The power of two from G on.
         SALT: See `mix`.
+        EVERY: In decode, one token of so many votes.
+        STEP: See `cast_votes`.
         SINKS: Positions below are protected.
         RECENT: Positions above ``t - 1 - recent`` are protected.
         DIM: D.
@@ -176,17 +186,23 @@ def write_kernel(
                 table,
                 tl.where(votes, slot, 0),
                 head,
-                sources,
-                squares + first,
-                cosines,
-                scale,
+                q + token * q_token_stride + head * GROUP * q_head_stride,
+                projection,
+                projected + (owner * num_heads + head) * (BITS * MEMBERS),
+                factor,
                 decay,
+                tl.load(piece + BALLOTS) > 0,
+                position - EVERY,
+                q_head_stride,
                 block_stride,
                 head_stride,
                 word_stride,
                 WORDS,
+                DIM,
+                BITS,
                 GROUP,
                 MEMBERS,
+                STEP,
                 N,
                 TILE,
             )
@@ -235,13 +251,16 @@ def write_kernel(
         DIM,
         DIM_PADDED,
     )
-    _write_words(
-        meta_of(tail, table, slot, slot >= 0, head, block_stride, head_stride, N),
-        word_stride,
-        sources + GROUP * HASHED,
-        squares + first + GROUP,
-        position,
-        KIND,
-        WORDS,
-        HASHED,
-    )
+    meta = meta_of(tail, table, slot, slot >= 0, head, block_stride, head_stride, N)
+    tl.store(meta + WORDS * word_stride, position)
+    if KIND == VOTE:
+        tl.store(slots + token * num_heads + head, slot)  # `describe` goes on there
+    else:
+        _write_words(
+            meta,
+            word_stride,
+            sources + GROUP * HASHED,
+            squares + first + GROUP,
+            KIND,
+            HASHED,
+        )
