@@ -36,7 +36,7 @@ def test_prefill_mixed_and_decode_batches_equal_the_oracle(
         },
         16,
     )
-    prompts, outputs = [70, 12, 45], 4
+    prompts, outputs = [60, 12, 45], 3
     layer = WrappedLayer(policy, prompts, HEADS, GROUP, DIM, 16, dtype, layout, SCALE)
     oracles = [ReferenceLayer(policy, prompt, HEADS, DIM) for prompt in prompts]
     streams = [

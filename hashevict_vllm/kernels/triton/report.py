@@ -19,10 +19,11 @@ _WORD = 4
 
 
 def floor_bytes(shape: Shape) -> dict[str, int]:
-    """Bytes that each kernel must move, every one counted once.
+    """Bytes that each launch must move, every one counted once.
 
     Decode kernels: ``shape.tokens`` requests, each evicting a token. The others: one
-    segment of one request with a full budget, half of whose survivors move.
+    segment of one request with a full budget, half of whose survivors move. With votes
+    a decoding token casts a ballot, which is so for one of ``vote_every``.
     """
     rule, heads, dim = shape.rule, shape.heads, shape.head_dim
     element = shape.dtype.itemsize
@@ -36,14 +37,19 @@ def floor_bytes(shape: Shape) -> dict[str, int]:
     scan = shape.budget * (meta + (_WORD if rule.votes else 0))
     hashed = shape.tokens * heads * (dim * element * (shape.group + 1) + described)
     votes = rule.votes
+    queries = dim * element * shape.group * heads + _WORD * dim * rule.bits
+    slot_key = dim * slot_element
     return {
         "plan": shape.tokens * _WORD * 16,
         "sign": hashed + _WORD * dim * rule.bits,
-        "write": shape.tokens * heads * (scan + row),
+        "write": shape.tokens * heads * (scan + row)
+        + (shape.tokens * queries if votes else 0),
+        "describe": shape.tokens * heads * (rule.sinks * slot_key + meta)
+        + _WORD * dim * rule.bits,
         "write, no scan": shape.tokens * heads * row,
         "replay": segment_rows * meta + heads * shape.segment * _WORD,
         "vote": segment_rows * (meta + _WORD) if votes else 0,
-        "pool": segment_rows * _WORD * 3,
+        "pool": segment_rows * _WORD * 3,  # one of two launches
         "select": segment_rows * _WORD * 3 + heads * shape.segment * _WORD,
         "pair": segment_rows * _WORD + moves * 2 * _WORD,
         "move": moves * 2 * (2 * dim * slot_element + meta),
@@ -54,7 +60,7 @@ def _floor_table(shape: Shape) -> list[str]:
     floors = floor_bytes(shape)
     lines = ["| kernel | bytes | per token | µs at 3.35 TB/s |", "|---|---:|---:|---:|"]
     for name in dict.fromkeys(launch.name for launch in shape.launches()):
-        decode = name in ("plan", "sign", "write", "write, no scan")
+        decode = name in ("plan", "sign", "write", "write, no scan", "describe")
         tokens = shape.tokens if decode else shape.segment
         moved = floors[name]
         lines.append(

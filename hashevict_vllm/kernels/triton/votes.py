@@ -29,6 +29,7 @@ def _project_queries(
     q_head_stride,
     projection,
     projected,
+    length,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -43,7 +44,7 @@ def _project_queries(
     for w in tl.static_range((BITS + 31) // 32):
         column = w * 32 + tl.arange(0, 32)
         dots = tl.zeros([MEMBERS, 32], tl.float32)
-        for first in range(0, DIM, STEP):
+        for first in range(0, length, STEP):
             dims = first + step
             x = tl.load(
                 q + member[:, None] * q_head_stride + dims[None, :],
@@ -71,6 +72,7 @@ def estimated_logits(
     projected,
     member,
     factor,
+    bits,
     word_stride,
     BITS: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -83,6 +85,7 @@ def estimated_logits(
         projected: float32 pointer [b, G'], see `_project_queries`.
         member: int32 [G'], its columns.
         factor: Softmax scale times `hashevict_vllm.policies.vote.estimate_scale`.
+        bits: b, unknown to the compiler, which would unroll the sum and spill.
         word_stride: Words between two words of a slot.
         BITS: b.
         MEMBERS: G'.
@@ -95,12 +98,12 @@ def estimated_logits(
     total = tl.zeros([MEMBERS, used.shape[0]], tl.float32)
     for w in tl.static_range(hashed):
         word = tl.load(meta + w * word_stride, mask=used, other=0)
-        for j in range(min(32, BITS - w * 32)):
+        for j in range(tl.minimum(bits - w * 32, 32)):
             t = tl.load(projected + (w * 32 + j) * MEMBERS + member)
             is_set = ((word >> j) & 1) != 0
             total += tl.where(is_set[None, :], t[:, None], -t[:, None])
-    bits = tl.load(meta + hashed * word_stride, mask=used, other=0)
-    return total * (factor * bits.to(tl.float32, bitcast=True))[None, :]
+    norm = tl.load(meta + hashed * word_stride, mask=used, other=0)
+    return total * (factor * norm.to(tl.float32, bitcast=True))[None, :]
 
 
 @triton.jit
@@ -113,6 +116,8 @@ def cast_votes(
     projection,
     projected,
     factor,
+    bits,
+    length,
     decay,
     decodes,
     oldest_new,
@@ -144,6 +149,8 @@ def cast_votes(
         projection: float32 pointer [D, b].
         projected: float32 pointer [b, G'], scratch of this program.
         factor: See `estimated_logits`.
+        bits: See `estimated_logits`.
+        length: D, likewise unknown to the compiler.
         decay: Factor on earlier votes.
         decodes: Whether the token decodes, so that votes fade.
         oldest_new: First position since the last ballot.
@@ -168,6 +175,7 @@ def cast_votes(
             q_head_stride,
             projection,
             projected,
+            length,
             DIM,
             BITS,
             GROUP,
@@ -183,7 +191,7 @@ def cast_votes(
             used = slots < live
             meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
             logits = estimated_logits(
-                meta, used, projected, member, factor, word_stride, BITS, MEMBERS
+                meta, used, projected, member, factor, bits, word_stride, BITS, MEMBERS
             )
             logits = tl.where(used[None, :], logits, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
@@ -203,7 +211,7 @@ def cast_votes(
             used = slots < live
             meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
             logits = estimated_logits(
-                meta, used, projected, member, factor, word_stride, BITS, MEMBERS
+                meta, used, projected, member, factor, bits, word_stride, BITS, MEMBERS
             )
             attention = tl.exp(logits - top[:, None]) * share[:, None]
             kept = meta + (WORDS - 1) * word_stride
@@ -224,6 +232,8 @@ def vote_kernel(
     block_table,
     tail,
     factor,
+    bits,
+    length,
     decay,
     num_heads,
     q_token_stride,
@@ -254,6 +264,8 @@ def vote_kernel(
         block_table: int32 [R, max blocks].
         tail: int32, votes in it are updated.
         factor: See `cast_votes`.
+        bits: See `cast_votes`.
+        length: See `cast_votes`.
         decay: See `cast_votes`.
         num_heads: Hkv.
         q_token_stride: Elements between tokens of q.
@@ -293,6 +305,8 @@ def vote_kernel(
             projection,
             scratch,
             factor,
+            bits,
+            length,
             decay,
             ballots > 0,
             start + i - EVERY,

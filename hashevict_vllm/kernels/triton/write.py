@@ -68,6 +68,8 @@ def write_kernel(
     projected,
     slots,
     factor,
+    bits,
+    length,
     decay,
     num_heads,
     q_token_stride,
@@ -127,6 +129,8 @@ def write_kernel(
         projected: float32 [P, Hkv, b, G'], their scratch.
         slots: int32 [T, Hkv], written by rules that vote: where each token went.
         factor: See `cast_votes`.
+        bits: See `cast_votes`.
+        length: See `cast_votes`.
         decay: Factor on earlier votes.
         num_heads: Hkv.
         q_token_stride: Elements between tokens of q.
@@ -190,6 +194,8 @@ def write_kernel(
                 projection,
                 projected + (owner * num_heads + head) * (BITS * MEMBERS),
                 factor,
+                bits,
+                length,
                 decay,
                 tl.load(piece + BALLOTS) > 0,
                 position - EVERY,
