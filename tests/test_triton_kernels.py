@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from hashevict_vllm.kernels import codes
-from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, Launch, compile_launch
+from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, compile_launch
 from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
 
 _INTERPRETED = Path(__file__).parent / "interpreted"
@@ -39,15 +38,6 @@ def test_kernels_equal_the_oracle_in_the_interpreter(path: Path) -> None:
     assert " passed" in done.stdout
 
 
-def runs_on(launch: Launch, architecture: int) -> bool:
-    """Triton has no conversion to e4m3 before sm_89; vLLM refuses such a cache too."""
-    fp8 = any(
-        getattr(value, "dtype", None) == torch.float8_e4m3fn
-        for value in launch.arguments.values()
-    )
-    return not fp8 or architecture >= 89
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """Triton's cache of compiled kernels, away from the user's."""
@@ -66,7 +56,7 @@ def test_kernels_compile_without_spills_or_local_memory(
     launches = SHAPES[name].launches()
     assert {launch.name for launch in launches} >= {"plan", "write", "pair", "move"}
     for launch in launches:
-        if runs_on(launch, architecture):
+        if launch.runs_on(architecture):
             resources = compile_launch(launch, architecture)
             assert resources.stack == resources.local == 0, launch.name
             assert resources.registers * resources.threads <= 32768, launch.name

@@ -55,6 +55,11 @@ class Launch:
         name = self.kernel.__name__.removesuffix("_kernel")
         return name if self.arguments.get("SCANS", True) else f"{name}, no scan"
 
+    def runs_on(self, architecture: int) -> bool:
+        """Whether Triton compiles it: there is no e4m3 before sm_89, as in vLLM."""
+        dtypes = [getattr(value, "dtype", None) for value in self.arguments.values()]
+        return architecture >= 89 or torch.float8_e4m3fn not in dtypes
+
 
 @dataclass(frozen=True)
 class Resources:

@@ -79,10 +79,9 @@ def _resource_table() -> list[str]:
     ]
     for label, shape in SHAPES.items():
         for launch in shape.launches():
-            fp8 = shape.cache_dtype is not None and "e4m3" in str(shape.cache_dtype)
             cells, used = [], []
             for architecture in ARCHITECTURES:
-                if fp8 and launch.name.startswith("write") and architecture < 89:
+                if not launch.runs_on(architecture):
                     cells.append("–")
                     continue
                 used.append(compile_launch(launch, architecture))
