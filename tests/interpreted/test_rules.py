@@ -124,7 +124,7 @@ def test_kernels_equal_the_oracle_however_batches_are_made(data: st.DataObject) 
 def test_kernels_equal_the_oracle_for_every_rule(rule: str) -> None:
     run(
         {"budget": 30, "segment": 32, "sinks": 4, "recent": 4, **RULES[rule]},
-        prompts=[9, 62],
+        prompts=[4, 62],  # one ends with its sinks
         outputs=3,
         chunk=70,
         heads=2,
