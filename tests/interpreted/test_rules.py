@@ -216,6 +216,25 @@ def test_ties_go_to_the_oldest_position_not_to_the_lowest_slot() -> None:
     assert layer.live(0)[0][0].tolist() == list(range(30, 50))
 
 
+def test_nearly_equal_votes_tie_so_that_age_decides() -> None:
+    policy = resolve(
+        {"scoring": "vote", "hash_bits": 8, "budget": 40, "sinks": 4, "recent": 8}, 16
+    )
+    layer = TritonLayer(policy, [1], [60], 1, 1, 16, 16, torch.float32)
+    tokens = torch.randn(42, 1, 1, 16)
+    for token in tokens[:41]:
+        layer.step([(token, token, token)])
+    position = layer.pages.tail[:, 0, -1]
+    votes = layer.pages.tail.view(torch.float32)[:, 0, -2]
+    votes[:] = 2.0
+    votes[position == 12] = 1.0
+    votes[position == 10] = 1.0 + 2.0**-20  # a rounding error more
+    layer.step([(tokens[41], tokens[41], tokens[41])])  # 41 casts no ballot
+    kept = layer.live(0)[0][0].tolist()
+    assert 10 not in kept
+    assert 12 in kept
+
+
 @pytest.mark.parametrize("rule", ["query", "vote"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_an_empty_batch_leaves_every_byte_as_it_is(rule: str, padding: int) -> None:
