@@ -1,0 +1,104 @@
+"""Buffers and constants on the device, shared by all layers of a KV-cache group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hashevict_vllm.attention.gpu_rule import device_rule, vote_factor
+from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton.rule import DeviceRule
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+
+
+@dataclass(frozen=True)
+class DeviceConstants:
+    """Made once at start; the buffers keep their addresses, as captured graphs need.
+
+    Attributes:
+        rule: What the kernels are compiled for.
+        projection: float32 [D, b].
+        factor: See `vote_factor`.
+        decay: Factor on earlier votes.
+        bound: Most slots of any request.
+        signatures: int32 [T, Hkv, G + 1, W], of the step; layers use it in turn.
+        squares: float32 [T, Hkv, G + 1], likewise.
+        slots: int32 [T, Hkv], where a round's tokens went, likewise.
+        pieces: int32 [R, columns], the plan of a decode step.
+        live: int32 [R], slots that it attends to.
+        done: int32 [R], see `ops.plan`.
+        token_piece: int32 [T], see `ops.plan`.
+        no_prompt: int32 [R], zeros: in decode every token lies behind its prompt.
+
+    """
+
+    rule: DeviceRule
+    projection: torch.Tensor
+    factor: float
+    decay: float
+    bound: int
+    signatures: torch.Tensor
+    squares: torch.Tensor
+    slots: torch.Tensor
+    pieces: torch.Tensor
+    live: torch.Tensor
+    done: torch.Tensor
+    token_piece: torch.Tensor
+    no_prompt: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        layer: Any,
+        spec: BudgetedAttentionSpec,
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> DeviceConstants:
+        """Allocate the buffers.
+
+        Args:
+            layer: An attention layer of the group.
+            spec: The group's spec.
+            vllm_config: Says how many tokens and requests a step may have.
+            device: Where the layer's cache lies.
+
+        """
+        policy, rule = spec.policy, device_rule(spec.policy)
+        scheduler = vllm_config.scheduler_config
+        tokens = scheduler.max_num_batched_tokens
+        # A graph's batch may be padded, but holds no more requests than tokens.
+        requests = max(scheduler.max_num_seqs, tokens)
+        heads, group = spec.num_kv_heads, layer.impl.num_queries_per_kv
+        segment = policy.segment if policy.segment > 1 else 0
+        longest = vllm_config.model_config.max_model_len
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        projection = make_projection(
+            spec.head_size, rule.bits, policy.seed, policy.orthogonal
+        )
+        return cls(
+            rule=rule,
+            projection=projection.to(device),
+            factor=vote_factor(policy, layer.impl.scale, spec.head_size),
+            decay=policy.decay,
+            bound=min(policy.budget + segment, max(longest, policy.budget)),
+            signatures=ints(tokens, heads, group + 1, rule.hashed),
+            squares=torch.zeros(
+                (tokens, heads, group + 1), dtype=torch.float32, device=device
+            ),
+            slots=ints(tokens, heads),
+            pieces=ints(requests, ops.NUM_COLUMNS),
+            live=ints(requests),
+            done=ints(requests),
+            token_piece=ints(tokens),
+            no_prompt=ints(requests),
+        )

@@ -1,0 +1,74 @@
+"""How kernels are launched: tile sizes, padded sizes, checks of what they assume."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+_BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+SCAN_TILE = 1024
+"""Slots per step of a scan: four independent loads per word and thread of 8 warps."""
+
+SCAN_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+"""A program has 256 threads. Without a bound ptxas spills a register here and there to
+fit one more program on a multiprocessor; with it none of the kernels does."""
+
+COPY_OPTIONS = {"num_warps": 1}
+"""A program copies one row of K and of V."""
+
+VOTE_ELEMENTS = 2048
+"""Query heads times slots per step of a vote, so that logits stay in registers."""
+
+POOL_TILE, POOL_NEIGHBOURS = 32, 128
+MOVE_ELEMENTS = 4096
+SIGN_STEP = 16
+PLAN_TILE = 1024
+
+
+def padded(n: int) -> int:
+    """The power of two from n on: sizes of Triton's tensors."""
+    return triton.next_power_of_2(max(n, 1))
+
+
+def scan_tile(bound: int) -> int:
+    """Slots per step for requests of at most ``bound`` slots."""
+    return min(SCAN_TILE, max(padded(bound), 32))
+
+
+def vote_tile(group: int, bound: int) -> int:
+    """Slots per step where every slot is met by a group of queries."""
+    return min(scan_tile(bound), max(VOTE_ELEMENTS // padded(group), 32))
+
+
+def move_rows(head_dim: int) -> int:
+    """Slots moved by one program."""
+    return max(MOVE_ELEMENTS // padded(head_dim), 1)
+
+
+def sign_tokens(num_tokens: int, group: int) -> int:
+    """Tokens signed by one program: few where programs are few, as in decode."""
+    most = max(64 // padded(group + 1), 1)
+    return min(padded(num_tokens // 16), most)
+
+
+def describe_tokens(num_tokens: int, sinks: int) -> int:
+    """Slots described by one program, which must have room for all sinks."""
+    return max(16, padded(sinks), min(padded(num_tokens // 16), 64))
+
+
+def as_integers(cache: torch.Tensor) -> torch.Tensor:
+    """The raw bits of a cache: moving slots is the same for every dtype."""
+    return cache.view(_BITS_OF_SIZE[cache.element_size()])
+
+
+def check_rows(**tensors: torch.Tensor) -> None:
+    """Refuse tensors whose last dimension is strided.
+
+    Raises:
+        ValueError: Naming the tensor.
+
+    """
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: its last dimension must be contiguous.")

@@ -1,0 +1,145 @@
+"""Plans a round on the device: what `hashevict_vllm.attention.plan` does on the host.
+
+How many slots a request uses follows from token counts alone, so a handful of integers
+per request suffice, and no length has to come to the host.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hashevict_vllm.kernels.triton.pieces import (
+    BALLOTS,
+    COMPACT,
+    COUNT,
+    EVICT,
+    FIRST_VOTER,
+    LIVE,
+    NUM_COLUMNS,
+    REQUEST,
+    ROW,
+    SLOT,
+    START,
+)
+
+
+@triton.jit
+def _occupied_slots(tokens, prompt, BUDGET: tl.constexpr, SEGMENT: tl.constexpr):
+    """Slots in use, live and open scratch, after ``tokens`` tokens."""
+    settled = tl.minimum(tokens, BUDGET)
+    if SEGMENT == 1:
+        return settled
+    complete = tokens // SEGMENT * SEGMENT
+    open_slots = tl.minimum(complete, BUDGET) + tokens - complete
+    return tl.where((tokens <= BUDGET) | (tokens >= prompt), settled, open_slots)
+
+
+@triton.jit
+def _first_voter(
+    start,
+    stop,
+    prompt,
+    BUDGET: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    EVERY: tl.constexpr,
+    HORIZON: tl.constexpr,
+):
+    """First voter of a piece, ``stop`` if none votes (`ResolvedKVPolicy.voters`)."""
+    if WINDOW == 0:
+        return stop
+    first = tl.maximum(start, max(SINKS, 1))
+    decode = tl.maximum(first, BUDGET - HORIZON)
+    decode = tl.minimum((decode + EVERY - 1) // EVERY * EVERY, stop)
+    if SEGMENT == 1:
+        return decode
+    begin = (stop - 1) // SEGMENT * SEGMENT
+    end = tl.minimum(begin + SEGMENT, prompt)
+    full = tl.where(end == prompt, BUDGET - HORIZON, BUDGET)
+    first = tl.maximum(tl.maximum(first, begin), end - WINDOW)
+    first = tl.where(end > full, tl.minimum(first, stop), stop)
+    return tl.where(start >= prompt, decode, first)
+
+
+@triton.jit
+def plan_kernel(
+    query_start_loc,
+    seq_lens,
+    prompt_lens,
+    done,
+    pieces,
+    live,
+    token_piece,
+    FIRST_ROUND: tl.constexpr,
+    BUDGET: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    EVERY: tl.constexpr,
+    HORIZON: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: the next piece of one request.
+
+    Args:
+        query_start_loc: int32 [P + 1], first row of each request in the step's q, k, v.
+        seq_lens: int32 [P], tokens after the step; as vLLM counts, absolute.
+        prompt_lens: int32 [P], lengths of the original prompts.
+        done: int32 [P], position that the piece before ended at; read except in the
+            first round, written.
+        pieces: int32 [P, columns], written, see `pieces`.
+        live: int32 [P], written: slots that the round attends to, 0 for no piece.
+        token_piece: int32 [T], written in the first round; not where nothing is
+            scheduled.
+        FIRST_ROUND: Whether the step begins.
+        BUDGET: C.
+        SEGMENT: S.
+        SINKS: Nobody votes before they are there.
+        WINDOW: Voting queries of a segment; 0 for rules that do not vote.
+        EVERY: In decode, one token of so many votes.
+        HORIZON: Steps before the cache is full from which on votes are kept.
+        TILE: Tokens per step of filling ``token_piece``.
+
+    """
+    request = tl.program_id(0)
+    row = tl.load(query_start_loc + request)
+    last_row = tl.load(query_start_loc + request + 1)
+    end, prompt = tl.load(seq_lens + request), tl.load(prompt_lens + request)
+    begin = end - (last_row - row)
+    if FIRST_ROUND:
+        start = begin
+        for first in range(row, last_row, TILE):
+            tokens = first + tl.arange(0, TILE)
+            tl.store(token_piece + tokens, request, mask=tokens < last_row)
+    else:
+        start = tl.load(done + request)
+    slot = _occupied_slots(start, prompt, BUDGET, SEGMENT)
+    reading = (start < prompt) & (SEGMENT > 1)
+    boundary = (start // SEGMENT + 1) * SEGMENT
+    # No reduction happens before the first boundary past the budget.
+    whole: tl.constexpr = (BUDGET + SEGMENT - 1) // SEGMENT * SEGMENT
+    boundary = tl.minimum(tl.where(boundary <= BUDGET, whole, boundary), prompt)
+    evict = (reading == 0) & (start >= BUDGET)
+    stop = tl.where(reading, boundary, tl.where(evict, start + 1, BUDGET))
+    stop = tl.minimum(stop, end)
+    count = tl.maximum(stop - start, 0)
+    compact = reading & (stop == boundary) & (slot + count > BUDGET) & (count > 0)
+    voter = _first_voter(
+        start, stop, prompt, BUDGET, SEGMENT, SINKS, WINDOW, EVERY, HORIZON
+    )
+    after = tl.where(count == 0, 0, tl.where(evict, slot, slot + count))
+    piece = pieces + request * NUM_COLUMNS
+    tl.store(piece + REQUEST, request)
+    tl.store(piece + START, start)
+    tl.store(piece + COUNT, count)
+    tl.store(piece + ROW, row + start - begin)
+    tl.store(piece + SLOT, slot)
+    tl.store(piece + EVICT, (evict & (count > 0)).to(tl.int32))
+    tl.store(piece + COMPACT, compact.to(tl.int32))
+    tl.store(piece + FIRST_VOTER, tl.where(count == 0, 0, voter - start))
+    tl.store(piece + BALLOTS, tl.where(reading | (count == 0), 0, EVERY))
+    tl.store(piece + LIVE, after)
+    tl.store(live + request, after)
+    tl.store(done + request, start + count)

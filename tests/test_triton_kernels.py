@@ -1,0 +1,71 @@
+"""The Triton kernels: equal to the oracle in the interpreter, frugal when compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, compile_launch
+from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
+
+_INTERPRETED = Path(__file__).parent / "interpreted"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(_INTERPRETED.glob("test_*.py")), ids=lambda p: p.stem
+)
+def test_kernels_equal_the_oracle_in_the_interpreter(path: Path) -> None:
+    """Runs a file of `tests/interpreted` in a process that imports Triton anew."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # Its conftest alone: that of the other tests starts vLLM.
+    command += ["--confcutdir", str(_INTERPRETED), str(path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]  # of the xdist worker that this process may be
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=_INTERPRETED.parent,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """Triton's cache of compiled kernels, away from the user's."""
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills_or_local_memory(
+    name: str, architecture: int
+) -> None:
+    launches = SHAPES[name].launches()
+    assert {launch.name for launch in launches} >= {"plan", "write", "pair", "move"}
+    for launch in launches:
+        if launch.runs_on(architecture):
+            resources = compile_launch(launch, architecture)
+            assert resources.stack == resources.local == 0, launch.name
+            assert resources.registers * resources.threads <= 32768, launch.name
+            assert resources.shared <= 48 * 1024, launch.name
+
+
+def test_distances_are_counted_by_one_instruction_per_word() -> None:
+    shape = Shape(kind=codes.HAMMING_TO_QUERY)
+    write = next(launch for launch in shape.launches() if launch.name == "write")
+    ptx = compile_launch(write, 90).ptx
+    per_thread = 1024 // 256  # slots of a tile
+    assert ptx.count("popc.b32") == per_thread * shape.group * shape.rule.words
