@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
 
     names = options.policies or grid.default_policies()
     policies = [grid.parse_policy(name, options.set or "") for name in names]
-    tasks = _tasks(options.tasks, list(TASKS))
+    tasks = select_tasks(options.tasks, list(TASKS))
     scale = grid.FULL_GRID if options.full else grid.DEFAULT_GRID
     engines = grid.cells(
         policies,
@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> None:
     print(path)
 
 
-def _tasks(wanted: list[str] | None, known: list[str]) -> list[str]:
+def select_tasks(wanted: list[str] | None, known: list[str]) -> list[str]:
     """Task names of names and families."""
     if not wanted:
         return known

@@ -1,0 +1,209 @@
+"""Our own default rule, and what its hashing costs: other estimates, all else equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from hashevict_vllm.config import KVPolicyConfig
+from hashevict_vllm.eval.offline.model import PromptLayer
+from hashevict_vllm.eval.offline.rules.base import Rule, no_flags
+from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
+from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.kernels.signature import signature_bits
+from hashevict_vllm.policies.base import LiveSlots
+from hashevict_vllm.policies.vote import Vote
+
+
+class OracleVote(Vote):
+    """`Vote` with another estimate of the logits."""
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """Dot products [H, G, n] of q [H, G, D] and centred keys [H, n, D]."""
+        raise NotImplementedError
+
+    def vote(
+        self,
+        q: torch.Tensor,
+        slots: LiveSlots,
+        projection: torch.Tensor,
+        scale: float,
+        t: int | None,
+    ) -> None:
+        """As `Vote.vote`, which does not let the estimate be replaced."""
+        logits = self.logits(q, self.centred_keys(slots), projection) * scale
+        if t is not None:
+            slots.votes.mul_(self.policy.decay)
+            new = slots.position >= t - self.policy.vote_every
+            for votes, fresh in zip(slots.votes, new, strict=True):
+                votes[fresh] = votes[~fresh].mean() if not fresh.all() else 0.0
+        slots.votes.add_(logits.softmax(-1).amax(1))
+
+
+class ExactVote(OracleVote):
+    """The exact logit, which is the exact cosine times both norms."""
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """See `OracleVote.logits`."""
+        return q @ k.transpose(1, 2)
+
+
+class CosineVote(OracleVote):
+    """The exact cosine; every key counts with the mean norm: what key norms are worth.
+
+    Cosine times norms would be `ExactVote`.
+    """
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """See `OracleVote.logits`."""
+        norm = k.norm(dim=-1, keepdim=True)
+        unit = k / norm.clamp_min(1e-12)
+        return q @ unit.transpose(1, 2) * norm.mean(1, keepdim=True)
+
+
+class HammingVote(OracleVote):
+    """Signatures of both sides: |q| |k| cos(pi h / b), h their Hamming distance."""
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """See `OracleVote.logits`."""
+        ours, theirs = (signature_bits(x, projection).float() * 2 - 1 for x in (q, k))
+        agree = ours @ theirs.transpose(1, 2) / projection.shape[1]
+        cosine = torch.cos(math.pi * (1 - agree) / 2)
+        norms = q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, None]
+        return cosine * norms
+
+
+class VoteRule(Rule):
+    """The served default, run by the oracle's own code (`policies.vote`).
+
+    Args:
+        budget: C.
+        seed: Seed of the projection.
+
+    """
+
+    label = "vote (offline)"
+    vote: ClassVar[type[Vote]] = Vote
+    hashes: ClassVar[bool] = True
+
+    def __init__(self, budget: int, seed: int = 0) -> None:
+        super().__init__(budget)
+        options = {"name": "hashevict", "segment": "prompt", "seed": seed}
+        config = KVPolicyConfig.from_dict({**options, "budget": budget})
+        self.policy = config.resolve(max_model_len=1 << 20, block_size=16)
+        self.rule = self.vote(self.policy)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The policy's as well."""
+        return {**super().options, "policy": dataclasses.asdict(self.policy)}
+
+    def projection(self, head_dim: int) -> torch.Tensor:
+        """The projection [D, b]."""
+        policy = self.policy
+        return make_projection(
+            head_dim, policy.hash_bits, policy.seed, policy.orthogonal
+        )
+
+    def keep(self, prompt: PromptLayer) -> Kept:
+        """Votes of the prompt's last queries, and one selection, as the oracle does."""
+        slots = LiveSlots(
+            prompt.k,
+            prompt.v,
+            torch.empty(*prompt.k.shape[:2], 0, dtype=torch.bool),
+            torch.arange(len(prompt)).expand(len(prompt.k), -1),
+            self._votes(prompt).clone(),
+        )
+        if len(prompt) > self.budget:
+            index = self.rule.survivors(slots, len(prompt))
+        else:
+            index = slots.position
+        return Kept(index, slots.votes.gather(1, index), no_flags(prompt))
+
+    def _votes(self, prompt: PromptLayer) -> torch.Tensor:
+        """Votes [Hkv, T] at the prompt's end; budgets share them."""
+        voters = self.policy.voters(0, len(prompt), len(prompt))
+        name = (self.label, self.policy.seed, voters)
+        if name not in prompt.memo:
+            heads, n, dim = prompt.k.shape
+            slots = LiveSlots(
+                prompt.k,
+                prompt.v,
+                torch.empty(heads, n, 0, dtype=torch.bool),
+                torch.arange(n).expand(heads, -1),
+                torch.zeros(heads, n),
+            )
+            projection = self.projection(dim)
+            for i in voters:
+                q, earlier = prompt.q[:, :, i], slots.first(i)
+                self.rule.vote(q, earlier, projection, prompt.scale, None)
+            prompt.memo[name] = slots.votes
+        return prompt.memo[name]
+
+    def judge(
+        self, prompt: PromptLayer
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Not used: `keep` asks the policy's own code."""
+        raise NotImplementedError
+
+    def before(self, slots: Slots, step: Step) -> None:
+        """Ballot, every ``vote_every`` tokens."""
+        if self.policy.voters(step.t, step.t + 1, step.prompt_len):
+            live = _live(slots)
+            projection = self.projection(slots.k.shape[-1])
+            self.rule.vote(
+                step.q.flatten(0, 1), live, projection, step.scale, step.t
+            )
+            slots.stat.copy_(live.votes.view_as(slots.stat))
+
+    def victims(self, slots: Slots, step: Step) -> torch.Tensor:
+        """The policy's own victims."""
+        none = torch.empty(0)  # votes are all that this rule's score reads
+        victim = self.rule.victim(none, none, _live(slots), step.t)
+        return victim.view(slots.stat.shape[:2])
+
+
+def _live(slots: Slots) -> LiveSlots:
+    """The same slots as the policies know them: R × Hkv heads."""
+    k = slots.k.flatten(0, 1)
+    return LiveSlots(
+        k,
+        slots.v.flatten(0, 1),
+        torch.empty(*k.shape[:2], 0, dtype=torch.bool),
+        slots.position.flatten(0, 1),
+        slots.stat.flatten(0, 1),
+    )
+
+
+class ExactVoteRule(VoteRule):
+    """What hashing costs: the same votes by exact logits."""
+
+    label = "vote, exact logits (offline)"
+    vote = ExactVote
+    hashes = False
+
+
+class CosineVoteRule(VoteRule):
+    """The same votes by exact cosines, without the keys' norms."""
+
+    label = "vote, exact cosine (offline)"
+    vote = CosineVote
+    hashes = False
+
+
+class HammingVoteRule(VoteRule):
+    """The same votes by Hamming distances: the query is hashed as well."""
+
+    label = "vote, Hamming (offline)"
+    vote = HammingVote
