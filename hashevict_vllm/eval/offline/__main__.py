@@ -70,7 +70,8 @@ def _run(options: argparse.Namespace) -> None:
 
     from hashevict_vllm.eval.__main__ import select_tasks
     from hashevict_vllm.eval.grid import parse_budget
-    from hashevict_vllm.eval.offline.fidelity import Fidelity, write_fidelity
+    from hashevict_vllm.eval.offline.fidelity import Fidelity
+    from hashevict_vllm.eval.offline.fidelity_report import write_fidelity
     from hashevict_vllm.eval.offline.rules import RULES
     from hashevict_vllm.eval.offline.runner import OfflineRunner
     from hashevict_vllm.eval.records import Store
@@ -99,8 +100,13 @@ def _run(options: argparse.Namespace) -> None:
         measured = Fidelity(runner.model, options.output / "fidelity.jsonl")
         classes = [RULES[name] for name in names]
         measured.run(
-            classes, budgets, tasks, options.length, options.samples,
-            options.seed, options.projections,
+            classes,
+            budgets,
+            tasks,
+            options.length,
+            options.samples,
+            options.seed,
+            options.projections,
         )
         print(write_fidelity(measured.records, options.output, command))
         return

@@ -22,9 +22,7 @@ def reduce_prompt(
     layers = []
     for index in range(model.num_layers):
         prompt = model.layer(read, index, length)
-        layers.append(
-            [rule.keep(prompt).slots(prompt.k, prompt.v) for rule in rules]
-        )
+        layers.append([rule.keep(prompt).slots(prompt.k, prompt.v) for rule in rules])
     return layers
 
 
@@ -53,7 +51,9 @@ class Decoder:
         self.model, self.copies, self.rules = model, copies, rules
         self.t = len(read.tokens)
         budgets = [rule.budget for rule in rules]
-        starts = [i for i in range(len(rules)) if i == 0 or budgets[i] != budgets[i - 1]]
+        starts = [
+            i for i in range(len(rules)) if i == 0 or budgets[i] != budgets[i - 1]
+        ]
         self.spans = [
             slice(start, stop)
             for start, stop in zip(starts, [*starts[1:], len(rules)], strict=True)
@@ -90,7 +90,7 @@ class Decoder:
             # [P, R, Hkv, G, D] to [N, Hq, 1, D].
             return torch.cat(parts).flatten(0, 1).flatten(1, 2)[:, :, None]
 
-        logits = self.model.forward(tokens.view(-1, 1), self.t, attend)
+        logits = self.model.forward(tokens.reshape(-1, 1), self.t, attend)
         self.t += 1
         return logits.unflatten(0, tokens.shape)
 
@@ -179,9 +179,7 @@ def generate(
     return answers
 
 
-def answer(
-    model: OfflineModel, sample: Sample, rules: Sequence[Rule]
-) -> list[Output]:
+def answer(model: OfflineModel, sample: Sample, rules: Sequence[Rule]) -> list[Output]:
     """Output of every rule; those of one budget must stand side by side.
 
     As `hashevict_vllm.eval.engine.answer`: the same requests, scored alike.
@@ -191,7 +189,13 @@ def answer(
     outputs = [Output() for _ in rules]
     if sample.free:
         found = generate(
-            model, read, rules, reduced, sample.opening, sample.free, _end(model, sample)
+            model,
+            read,
+            rules,
+            reduced,
+            sample.opening,
+            sample.free,
+            _end(model, sample),
         )
         outputs = [
             Output(_until(model, sample, tokens), tokens, logprobs)

@@ -12,9 +12,7 @@ import torch
 
 _ATTENTION = "hashevict_offline"
 
-Attend = Callable[
-    [int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor
-]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """(layer, q [N, Hq, T, D], k, v [N, Hkv, T, D], scale) to [N, Hq, T, D]."""
 
 

@@ -116,7 +116,5 @@ class OfflineRunner:
     @staticmethod
     def _with_reference(sample: Sample, record: Record | None) -> Sample:
         assert record is not None, "the full cache is run first"
-        gold = Continuation(
-            sample.opening + record["token_ids"], len(sample.opening)
-        )
+        gold = Continuation(sample.opening + record["token_ids"], len(sample.opening))
         return dataclasses.replace(sample, forced=(gold,), answers=(record["text"],))

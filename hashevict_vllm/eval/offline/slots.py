@@ -110,9 +110,16 @@ class Slab:
             room, ("k", "v", "position", "stat")
         )
         self.flag = torch.stack([slots.flag for slots in kept])
+        self._fresh = torch.tensor([rule.fresh for rule in rules])[:, None, None, None]
+        self._views: tuple[int, list[Slots]] = (-1, [])
 
-    def slots(self, rule: int) -> Slots:
-        """The live slots of one rule."""
+    def slots(self) -> list[Slots]:
+        """The live slots of every rule; the same views while their number stays."""
+        if self._views[0] != self.n:
+            self._views = self.n, [self._slots_of(i) for i in range(len(self.rules))]
+        return self._views[1]
+
+    def _slots_of(self, rule: int) -> Slots:
         n = self.n
         return Slots(
             self.k[rule, :, :, :n],
@@ -143,8 +150,7 @@ class Slab:
             Step(q[i], k[i], t, self.prompt_len, scale) for i in range(len(self.rules))
         ]
         slot = torch.full(k.shape[:3], self.n)
-        for i, rule in enumerate(self.rules):
-            slots = self.slots(i)
+        for i, (rule, slots) in enumerate(zip(self.rules, self.slots(), strict=True)):
             rule.before(slots, steps[i])
             if full:
                 slot[i] = rule.victims(slots, steps[i])
@@ -154,8 +160,8 @@ class Slab:
         n = self.n
         logits = q @ self.k[..., :n, :].transpose(-1, -2)
         weights = logits.mul_(scale).softmax(-1)
-        for i, rule in enumerate(self.rules):
-            rule.after(self.slots(i), weights[i], steps[i])
+        for i, (rule, slots) in enumerate(zip(self.rules, self.slots(), strict=True)):
+            rule.after(slots, weights[i], steps[i])
         return weights @ self.v[..., :n, :]
 
     def _write(
@@ -167,5 +173,4 @@ class Slab:
         self.k.scatter_(3, wide, k[..., None, :])
         self.v.scatter_(3, wide, v[..., None, :])
         self.position.scatter_(3, at, t)
-        fresh = torch.tensor([rule.fresh for rule in self.rules])
-        self.stat.scatter_(3, at, fresh[:, None, None, None].expand(at.shape))
+        self.stat.scatter_(3, at, self._fresh.expand(at.shape))

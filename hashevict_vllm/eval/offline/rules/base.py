@@ -62,7 +62,7 @@ class Rule(ABC):
 
         """
 
-    def before(self, slots: Slots, step: Step) -> None:
+    def before(self, slots: Slots, step: Step) -> None:  # noqa: B027 (optional)
         """Look at a new token before anything is evicted for it; may change stat."""
 
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:
@@ -74,7 +74,9 @@ class Rule(ABC):
         """
         return lowest(slots, self.sinks, self.recent, step.t)
 
-    def after(self, slots: Slots, weights: torch.Tensor, step: Step) -> None:
+    def after(  # noqa: B027 (optional)
+        self, slots: Slots, weights: torch.Tensor, step: Step
+    ) -> None:
         """Learn from the exact attention [R, Hkv, G, n] of the new token, itself in."""
 
 

@@ -11,7 +11,7 @@ import torch
 from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.eval.offline.model import PromptLayer
 from hashevict_vllm.eval.offline.rules.base import Rule, no_flags
-from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
+from hashevict_vllm.eval.offline.slots import Slots, Step
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
@@ -116,55 +116,50 @@ class VoteRule(Rule):
             head_dim, policy.hash_bits, policy.seed, policy.orthogonal
         )
 
-    def keep(self, prompt: PromptLayer) -> Kept:
-        """Votes of the prompt's last queries, and one selection, as the oracle does."""
-        slots = LiveSlots(
-            prompt.k,
-            prompt.v,
-            torch.empty(*prompt.k.shape[:2], 0, dtype=torch.bool),
-            torch.arange(len(prompt)).expand(len(prompt.k), -1),
-            self._votes(prompt).clone(),
-        )
-        if len(prompt) > self.budget:
-            index = self.rule.survivors(slots, len(prompt))
-        else:
-            index = slots.position
-        return Kept(index, slots.votes.gather(1, index), no_flags(prompt))
-
-    def _votes(self, prompt: PromptLayer) -> torch.Tensor:
-        """Votes [Hkv, T] at the prompt's end; budgets share them."""
-        voters = self.policy.voters(0, len(prompt), len(prompt))
-        name = (self.label, self.policy.seed, voters)
-        if name not in prompt.memo:
-            heads, n, dim = prompt.k.shape
-            slots = LiveSlots(
-                prompt.k,
-                prompt.v,
-                torch.empty(heads, n, 0, dtype=torch.bool),
-                torch.arange(n).expand(heads, -1),
-                torch.zeros(heads, n),
-            )
-            projection = self.projection(dim)
-            for i in voters:
-                q, earlier = prompt.q[:, :, i], slots.first(i)
-                self.rule.vote(q, earlier, projection, prompt.scale, None)
-            prompt.memo[name] = slots.votes
-        return prompt.memo[name]
+    @property
+    def recent(self) -> int:
+        """The policy's share of the budget."""
+        return self.policy.recent
 
     def judge(
         self, prompt: PromptLayer
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Not used: `keep` asks the policy's own code."""
-        raise NotImplementedError
+        """Votes of the prompt's last queries, pooled; as `Vote.survivors`.
+
+        Budgets share the votes; what is protected depends on the budget.
+        """
+        position = torch.arange(len(prompt)).expand(len(prompt.k), -1)
+        voters = self.policy.voters(0, len(prompt), len(prompt))
+        reduced = len(prompt) > self.budget
+        name = (self.label, self.policy.seed, voters, reduced)
+        if name not in prompt.memo:
+            votes = self._votes(prompt, position, voters)
+            prompt.memo[name] = self.rule._pooled(position, votes) if reduced else votes
+        votes = prompt.memo[name]
+        score = votes.clone()
+        score[:, : self.policy.sinks] = float("inf")
+        score[:, max(0, len(prompt) - self.recent) :] = float("inf")
+        return votes, score, no_flags(prompt)
+
+    def _votes(
+        self, prompt: PromptLayer, position: torch.Tensor, voters: range
+    ) -> torch.Tensor:
+        """Votes float32 [Hkv, T] that the policy's code counts."""
+        none = torch.empty(*position.shape, 0, dtype=torch.bool)
+        zeros = torch.zeros(position.shape)
+        slots = LiveSlots(prompt.k, prompt.v, none, position, zeros)
+        projection = self.projection(prompt.k.shape[-1])
+        for i in voters:
+            earlier = slots.first(i)
+            self.rule.vote(prompt.q[:, :, i], earlier, projection, prompt.scale, None)
+        return slots.votes
 
     def before(self, slots: Slots, step: Step) -> None:
         """Ballot, every ``vote_every`` tokens."""
         if self.policy.voters(step.t, step.t + 1, step.prompt_len):
             live = _live(slots)
             projection = self.projection(slots.k.shape[-1])
-            self.rule.vote(
-                step.q.flatten(0, 1), live, projection, step.scale, step.t
-            )
+            self.rule.vote(step.q.flatten(0, 1), live, projection, step.scale, step.t)
             slots.stat.copy_(live.votes.view_as(slots.stat))
 
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:
