@@ -95,6 +95,21 @@ class Prefill:
     scale: float
 
 
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    dropout: float = 0.0,
+    scaling: float = 1.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls for every layer: one function for all our models."""
+    output = module.offline_model.attend(module.layer_idx, query, key, value, scaling)
+    return output.transpose(1, 2).to(query.dtype), None
+
+
 class OfflineModel:
     """A causal language model of transformers, run on the CPU.
 
@@ -106,35 +121,18 @@ class OfflineModel:
     """
 
     def __init__(self, path: str, tokenizer: Any, dtype: str = "auto") -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AttentionInterface, AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         self.tokenizer = tokenizer
-        self._attend: Attend | None = None
+        self.attend: Attend | None = None
         # Registered first: transformers refuses names that it does not know.
-        self._register()
+        AttentionInterface.register(_ATTENTION, _attention)
         self.model.set_attn_implementation(_ATTENTION)
+        for module in self.model.modules():
+            if hasattr(module, "layer_idx"):
+                module.offline_model = self
         self.num_layers = self.model.config.num_hidden_layers
-
-    def _register(self) -> None:
-        # One registry for all models of the process, so before every use.
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(_ATTENTION, self._attention)
-
-    def _attention(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        scaling: float,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        assert self._attend is not None, "forward() sets it"
-        output = self._attend(module.layer_idx, query, key, value, scaling)
-        return output.transpose(1, 2).to(query.dtype), None
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor, start: int, attend: Attend) -> torch.Tensor:
@@ -149,8 +147,7 @@ class OfflineModel:
             float32 [N, V].
 
         """
-        self._register()
-        self._attend = attend
+        self.attend = attend
         output = self.model(
             ids,
             position_ids=torch.arange(start, start + ids.shape[1])[None],
