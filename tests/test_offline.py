@@ -159,6 +159,30 @@ def test_offline_votes_are_those_of_the_oracle(budget: int) -> None:
         assert torch.equal(live.sort(-1).values, oracle.slots.position)
 
 
+def test_the_served_engine_answers_as_the_offline_vote(
+    path: Path, model: OfflineModel
+) -> None:
+    """Float32 and one request at a time: only rounding differs."""
+    from hashevict_vllm.eval.engine import EngineOptions, engine
+    from hashevict_vllm.eval.engine import answer as served
+
+    samples = []
+    for seed in range(3):
+        text = random_prompt(PROMPT + 60, seed)
+        gold = Continuation(text[PROMPT:], 2)
+        opening = text[PROMPT : PROMPT + 2]
+        samples.append(Sample(seed, text[:PROMPT], opening, free=20, forced=(gold,)))
+    options = EngineOptions(str(path), "float32", batch=1, kv_gib=0.0625)
+    policy = {"name": "hashevict", "segment": "prompt", "budget": BUDGET}
+    with engine(options, policy, 512) as llm:
+        outputs = served(llm, model.tokenizer, samples)
+    for sample, theirs in zip(samples, outputs, strict=True):
+        ours, full = answer(model, sample, [VoteRule(BUDGET), Full(1 << 30)])
+        assert ours.token_ids == theirs.token_ids
+        assert ours.logprobs[0] == pytest.approx(theirs.logprobs[0], abs=1e-3)
+        assert full.logprobs[0] != pytest.approx(theirs.logprobs[0], abs=1)
+
+
 def test_exact_votes_are_attention_itself(prompt: PromptLayer) -> None:
     """Centring keys shifts all logits of a query alike."""
     rule = ExactVoteRule(BUDGET)
