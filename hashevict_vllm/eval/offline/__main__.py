@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--model", help="model directory (default: SmolLM2-135M-Instruct)")
-    add("--rules", nargs="+", metavar="RULE", help="default: every one there is")
+    add("--rules", nargs="+", metavar="RULE", help="default: those no engine serves")
     add("--budgets", nargs="+", metavar="TOKENS|SHARE", default=["10%", "30%", "50%"])
     add("--length", type=int, default=1024, help="nominal context length in tokens")
     add("--tasks", nargs="+", metavar="TASK", default=TASKS, help="names or families")
@@ -72,14 +72,14 @@ def _run(options: argparse.Namespace) -> None:
     from hashevict_vllm.eval.grid import parse_budget
     from hashevict_vllm.eval.offline.fidelity import Fidelity
     from hashevict_vllm.eval.offline.fidelity_report import write_fidelity
-    from hashevict_vllm.eval.offline.rules import RULES
+    from hashevict_vllm.eval.offline.rules import BASELINES, RULES
     from hashevict_vllm.eval.offline.runner import OfflineRunner
     from hashevict_vllm.eval.records import Store
     from hashevict_vllm.eval.report import write_report
     from hashevict_vllm.eval.tasks import TASKS as KNOWN
     from hashevict_vllm.models import fetch_default_model
 
-    names = options.rules or list(RULES)
+    names = options.rules or list(RULES if options.fidelity else BASELINES)
     for name in names:
         if name not in RULES:
             sys.exit(f"--rules: unknown rule {name!r}; known are {', '.join(RULES)}.")

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from hashevict_vllm.eval.offline.model import OfflineModel, Prefill
-from hashevict_vllm.eval.offline.rules import Rule, VoteRule
+from hashevict_vllm.eval.offline.rules import PolicyRule, Rule
 from hashevict_vllm.eval.offline.slots import Slab, Slots
 from hashevict_vllm.eval.tasks import TASKS
 from hashevict_vllm.eval.tasks.base import Sample
@@ -41,7 +41,7 @@ def seeded(kinds: Sequence[type[Rule]], budget: int, seeds: int) -> list[Rule]:
     """Every rule at a budget, those that hash with several projections."""
     rules: list[Rule] = []
     for kind in kinds:
-        if issubclass(kind, VoteRule) and kind.hashes:
+        if issubclass(kind, PolicyRule) and kind.hashes:
             rules += [kind(budget, seed) for seed in range(seeds)]
         else:
             rules.append(kind(budget))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, ClassVar
 
 import torch
 
-from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.eval.offline.model import PromptLayer
 from hashevict_vllm.eval.offline.rules.base import Rule, no_flags
-from hashevict_vllm.eval.offline.slots import Slots, Step
-from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.eval.offline.rules.policy import PolicyRule, live_slots
+from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
 from hashevict_vllm.policies.vote import Vote
@@ -84,42 +82,22 @@ class HammingVote(OracleVote):
         return cosine * norms
 
 
-class VoteRule(Rule):
-    """The served default, run by the oracle's own code (`policies.vote`).
-
-    Args:
-        budget: C.
-        seed: Seed of the projection.
-
-    """
+class VoteRule(PolicyRule):
+    """The served default; its prompts are judged by votes instead of a replay."""
 
     label = "vote (offline)"
+    choice: ClassVar[dict[str, Any]] = {"name": "hashevict", "scoring": "vote"}
     vote: ClassVar[type[Vote]] = Vote
-    hashes: ClassVar[bool] = True
+    hashes = True
+    rule: Vote
 
-    def __init__(self, budget: int, seed: int = 0) -> None:
-        super().__init__(budget)
-        options = {"name": "hashevict", "segment": "prompt", "seed": seed}
-        config = KVPolicyConfig.from_dict({**options, "budget": budget})
-        self.policy = config.resolve(max_model_len=1 << 20, block_size=16)
-        self.rule = self.vote(self.policy)
+    def make(self) -> Vote:
+        """The rule with this class's estimate."""
+        return self.vote(self.policy)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The policy's as well."""
-        return {**super().options, "policy": dataclasses.asdict(self.policy)}
-
-    def projection(self, head_dim: int) -> torch.Tensor:
-        """The projection [D, b]."""
-        policy = self.policy
-        return make_projection(
-            head_dim, policy.hash_bits, policy.seed, policy.orthogonal
-        )
-
-    @property
-    def recent(self) -> int:
-        """The policy's share of the budget."""
-        return self.policy.recent
+    def keep(self, prompt: PromptLayer) -> Kept:
+        """One selection."""
+        return Rule.keep(self, prompt)
 
     def judge(
         self, prompt: PromptLayer
@@ -157,28 +135,15 @@ class VoteRule(Rule):
     def before(self, slots: Slots, step: Step) -> None:
         """Ballot, every ``vote_every`` tokens."""
         if self.policy.voters(step.t, step.t + 1, step.prompt_len):
-            live = _live(slots)
-            projection = self.projection(slots.k.shape[-1])
-            self.rule.vote(step.q.flatten(0, 1), live, projection, step.scale, step.t)
+            live, r = live_slots(slots, None), self.projection(slots.k.shape[-1])
+            self.rule.vote(step.q.flatten(0, 1), live, r, step.scale, step.t)
             slots.stat.copy_(live.votes.view_as(slots.stat))
 
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:
-        """The policy's own victims."""
-        none = torch.empty(0)  # votes are all that this rule's score reads
-        victim = self.rule.victim(none, none, _live(slots), step.t)
+        """The policy's own victims: votes are all that its score reads."""
+        none = torch.empty(0)
+        victim = self.rule.victim(none, none, live_slots(slots, None), step.t)
         return victim.view(slots.stat.shape[:2])
-
-
-def _live(slots: Slots) -> LiveSlots:
-    """The same slots as the policies know them: R × Hkv heads."""
-    k = slots.k.flatten(0, 1)
-    return LiveSlots(
-        k,
-        slots.v.flatten(0, 1),
-        torch.empty(*k.shape[:2], 0, dtype=torch.bool),
-        slots.position.flatten(0, 1),
-        slots.stat.flatten(0, 1),
-    )
 
 
 class ExactVoteRule(VoteRule):
