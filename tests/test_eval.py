@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import VOCAB, make_llama, random_prompt
+from support.models import add_byte_tokenizer, make_llama, random_prompt
 
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.eval import data, grid
@@ -34,20 +34,7 @@ LENGTH = 512
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = make_llama(tmp_path_factory.mktemp("eval") / "model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(path)
-    assert len(vocabulary) <= VOCAB
-    return path
+    return add_byte_tokenizer(make_llama(tmp_path_factory.mktemp("eval") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +335,22 @@ def test_an_unfinished_policy_has_no_mean() -> None:
     assert line.families["a"].value == 1.0
     assert line.mean is None
     assert line.mean_all is None
+
+
+def test_offline_results_are_set_against_the_full_cache_run_offline() -> None:
+    tasks = {"a/one": Task("a/one", None, None)}  # type: ignore[arg-type]
+    full, ours = _record("full", "a/one", 0, 1.0, 1.0), _record("p", "a/one", 0, 0.5, 1)
+    slow = {**full, "policy": "full (offline)", "way": "offline"}
+    slow["score"] = {"score": 0.5, "nll": 1.0}
+    other = {**ours, "policy": "H2O (offline)", "way": "offline"}
+    lines, _ = aggregate([slow, other, full, ours], tasks)
+    found = {line.policy: line.tasks["a/one"].value for line in lines}
+    assert found == {
+        "full": 1.0,
+        "full (offline)": 1.0,
+        "p": 0.5,
+        "H2O (offline)": 1.0,
+    }
 
 
 def test_results_of_older_options_stay_out_of_the_report() -> None:

@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
     names = options.policies or grid.default_policies()
     policies = [grid.parse_policy(name, options.set or "") for name in names]
     wanted = options.tasks or (None if options.full else grid.DEFAULT_TASKS)
-    tasks = _tasks(wanted, list(TASKS))
+    tasks = select_tasks(wanted, list(TASKS))
     scale = grid.FULL_GRID if options.full else grid.DEFAULT_GRID
     engines = grid.cells(
         policies,
@@ -100,7 +100,7 @@ def _run(options: argparse.Namespace) -> None:
     print(path)
 
 
-def _tasks(wanted: Sequence[str] | None, known: list[str]) -> list[str]:
+def select_tasks(wanted: Sequence[str] | None, known: list[str]) -> list[str]:
     """Task names of names and families."""
     if not wanted or list(wanted) == ["all"]:
         return known

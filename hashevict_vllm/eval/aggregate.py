@@ -30,6 +30,8 @@ from hashevict_vllm.eval.tasks.base import Task
 
 WEAK = 0.2
 RESAMPLES = 2000
+SERVED = "engine"
+"""The way of records that do not say how they were made."""
 
 
 Cell = dict[str, dict[tuple, Record]]
@@ -86,13 +88,18 @@ def aggregate(
     """Lines of the report, and the weak tasks by nominal length.
 
     Records must be of one model and dtype, and a label mean one policy (`latest`);
-    several seeds are pooled.
+    several seeds are pooled. Offline records (`hashevict_vllm.eval.offline`) are set
+    against the full cache run offline: other kernels round otherwise.
     """
     by_cell: dict[tuple, Cell] = defaultdict(lambda: defaultdict(dict))
     for record in records:
-        cell = by_cell[record["policy"], record["budget"], record["length"]]
+        way = record.get("way", SERVED)
+        cell = by_cell[record["policy"], record["budget"], record["length"], way]
         cell[record["task"]][record["seed"], record["index"]] = record
-    full = {key[2]: cell for key, cell in by_cell.items() if key[1] is None}
+    full_of = {key[2:]: cell for key, cell in by_cell.items() if key[1] is None}
+    # Whether a task is weak is asked of the engine where it has been run.
+    by_way = sorted(full_of, key=lambda key: key[1] == SERVED)
+    full = {length: full_of[length, way] for length, way in by_way}
     weak = {
         length: [
             name
@@ -103,11 +110,11 @@ def aggregate(
         ]
         for length, cell in full.items()
     }
-    order = sorted(by_cell, key=lambda k: (k[2], k[0] != "full", k[0], k[1] or 0))
+    order = sorted(by_cell, key=lambda k: (k[2], k[1] is not None, k[0], k[1] or 0))
     lines = [
-        _line(key, by_cell[key], full[key[2]], weak[key[2]], tasks)
+        _line(key[:3], by_cell[key], full_of[key[2:]], weak[key[2]], tasks)
         for key in order
-        if key[2] in full
+        if key[2:] in full_of
     ]
     return lines, weak
 

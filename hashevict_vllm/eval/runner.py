@@ -139,7 +139,7 @@ class Runner:
                 **key,
                 "policy": cell.policy.label,
                 "score": task.score(sample, output),
-                **_details(task, sample, output),
+                **details(task, sample, output),
                 "tokens": sample.length,
                 "seconds": round(seconds, 2),
                 "versions": versions(),
@@ -148,7 +148,7 @@ class Runner:
         )
 
 
-def _details(task: Task, sample: Sample, output: Output) -> Record:
+def details(task: Task, sample: Sample, output: Output) -> Record:
     """What the report or a reader may want besides the score."""
     details: Record = {}
     if sample.free:

@@ -59,6 +59,23 @@ def make_gemma3(path: Path) -> Path:
     return path
 
 
+def add_byte_tokenizer(path: Path) -> Path:
+    """Give a model a tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
+    assert len(vocabulary) <= VOCAB
+    return path
+
+
 def random_prompt(length: int, seed: int = 0) -> list[int]:
     """Random token ids of the random models' vocabulary."""
     generator = torch.Generator().manual_seed(1000 * seed + length)

@@ -1,0 +1,169 @@
+"""Our own default rule, and what its hashing costs: other estimates, all else equal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from hashevict_vllm.eval.offline.model import PromptLayer
+from hashevict_vllm.eval.offline.rules.base import Rule, no_flags
+from hashevict_vllm.eval.offline.rules.policy import PolicyRule, live_slots
+from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
+from hashevict_vllm.kernels.signature import signature_bits
+from hashevict_vllm.policies.base import LiveSlots
+from hashevict_vllm.policies.vote import Vote
+
+
+class OracleVote(Vote):
+    """`Vote` with another estimate of the logits."""
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """Dot products [H, G, n] of q [H, G, D] and centred keys [H, n, D]."""
+        raise NotImplementedError
+
+    def vote(
+        self,
+        q: torch.Tensor,
+        slots: LiveSlots,
+        projection: torch.Tensor,
+        scale: float,
+        t: int | None,
+    ) -> None:
+        """As `Vote.vote`, which does not let the estimate be replaced."""
+        logits = self.logits(q, self.centred_keys(slots), projection) * scale
+        if t is not None:
+            slots.votes.mul_(self.policy.decay)
+            new = slots.position >= t - self.policy.vote_every
+            for votes, fresh in zip(slots.votes, new, strict=True):
+                votes[fresh] = votes[~fresh].mean() if not fresh.all() else 0.0
+        slots.votes.add_(logits.softmax(-1).amax(1))
+
+
+class ExactVote(OracleVote):
+    """The exact logit, which is the exact cosine times both norms."""
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """See `OracleVote.logits`."""
+        return q @ k.transpose(1, 2)
+
+
+class CosineVote(OracleVote):
+    """The exact cosine; every key counts with the mean norm: what key norms are worth.
+
+    Cosine times norms would be `ExactVote`.
+    """
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """See `OracleVote.logits`."""
+        norm = k.norm(dim=-1, keepdim=True)
+        unit = k / norm.clamp_min(1e-12)
+        return q @ unit.transpose(1, 2) * norm.mean(1, keepdim=True)
+
+
+class HammingVote(OracleVote):
+    """Signatures of both sides: |q| |k| cos(pi h / b), h their Hamming distance."""
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """See `OracleVote.logits`."""
+        ours, theirs = (signature_bits(x, projection).float() * 2 - 1 for x in (q, k))
+        agree = ours @ theirs.transpose(1, 2) / projection.shape[1]
+        cosine = torch.cos(math.pi * (1 - agree) / 2)
+        norms = q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, None]
+        return cosine * norms
+
+
+class VoteRule(PolicyRule):
+    """The served default; its prompts are judged by votes instead of a replay."""
+
+    label = "vote (offline)"
+    choice: ClassVar[dict[str, Any]] = {"name": "hashevict", "scoring": "vote"}
+    vote: ClassVar[type[Vote]] = Vote
+    hashes = True
+    rule: Vote
+
+    def make(self) -> Vote:
+        """The rule with this class's estimate."""
+        return self.vote(self.policy)
+
+    def keep(self, prompt: PromptLayer) -> Kept:
+        """One selection."""
+        return Rule.keep(self, prompt)
+
+    def judge(
+        self, prompt: PromptLayer
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Votes of the prompt's last queries, pooled; as `Vote.survivors`.
+
+        Budgets share the votes; what is protected depends on the budget.
+        """
+        position = torch.arange(len(prompt)).expand(len(prompt.k), -1)
+        voters = self.policy.voters(0, len(prompt), len(prompt))
+        reduced = len(prompt) > self.budget
+        name = (self.label, self.policy.seed, voters, reduced)
+        if name not in prompt.memo:
+            votes = self._votes(prompt, position, voters)
+            prompt.memo[name] = self.rule._pooled(position, votes) if reduced else votes
+        votes = prompt.memo[name]
+        score = votes.clone()
+        score[:, : self.policy.sinks] = float("inf")
+        score[:, max(0, len(prompt) - self.recent) :] = float("inf")
+        return votes, score, no_flags(prompt)
+
+    def _votes(
+        self, prompt: PromptLayer, position: torch.Tensor, voters: range
+    ) -> torch.Tensor:
+        """Votes float32 [Hkv, T] that the policy's code counts."""
+        none = torch.empty(*position.shape, 0, dtype=torch.bool)
+        zeros = torch.zeros(position.shape)
+        slots = LiveSlots(prompt.k, prompt.v, none, position, zeros)
+        projection = self.projection(prompt.k.shape[-1])
+        for i in voters:
+            earlier = slots.first(i)
+            self.rule.vote(prompt.q[:, :, i], earlier, projection, prompt.scale, None)
+        return slots.votes
+
+    def before(self, slots: Slots, step: Step) -> None:
+        """Ballot, every ``vote_every`` tokens."""
+        if self.policy.voters(step.t, step.t + 1, step.prompt_len):
+            live, r = live_slots(slots, None), self.projection(slots.k.shape[-1])
+            self.rule.vote(step.q.flatten(0, 1), live, r, step.scale, step.t)
+            slots.stat.copy_(live.votes.view_as(slots.stat))
+
+    def victims(self, slots: Slots, step: Step) -> torch.Tensor:
+        """The policy's own victims: votes are all that its score reads."""
+        none = torch.empty(0)
+        victim = self.rule.victim(none, none, live_slots(slots, None), step.t)
+        return victim.view(slots.stat.shape[:2])
+
+
+class ExactVoteRule(VoteRule):
+    """What hashing costs: the same votes by exact logits."""
+
+    label = "vote, exact logits (offline)"
+    vote = ExactVote
+    hashes = False
+
+
+class CosineVoteRule(VoteRule):
+    """The same votes by exact cosines, without the keys' norms."""
+
+    label = "vote, exact cosine (offline)"
+    vote = CosineVote
+    hashes = False
+
+
+class HammingVoteRule(VoteRule):
+    """The same votes by Hamming distances: the query is hashed as well."""
+
+    label = "vote, Hamming (offline)"
+    vote = HammingVote
