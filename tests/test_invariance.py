@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +14,62 @@ import pytest
 from support.engine import engine, greedy, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
-from test_over_budget import SEEDS
+from test_over_budget import CASES, LENGTHS, SEEDS
 
-CASE, POLICY = "budget off the block", {"budget": 201, "segment": 64}
-LENGTHS = (20, 150, 333, 700)
-PROMPTS = [random_prompt(n, s) for n, s in zip(LENGTHS, SEEDS[CASE], strict=True)]
+POLICIES = {case.name: case.policy for case in CASES}
+NAMES = ("default", "segments", "instant")
 
 
-@pytest.fixture(scope="module")
-def expected(llama_oracle: Oracle) -> list[list[int]]:
-    policy = resolve(POLICY)
-    return [llama_oracle.greedy(prompt, policy) for prompt in PROMPTS]
+@dataclass(frozen=True)
+class Expected:
+    """What the oracle says of a policy; its budget is 201 tokens."""
+
+    policy: dict[str, Any]
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def expected(request: pytest.FixtureRequest, llama_oracle: Oracle) -> Expected:
+    seeds, policy = SEEDS[request.param], POLICIES[request.param]
+    prompts = [random_prompt(n, s) for n, s in zip(LENGTHS, seeds, strict=True)]
+    resolved = resolve(policy)
+    tokens = [llama_oracle.greedy(prompt, resolved) for prompt in prompts]
+    return Expected(policy, prompts, tokens)
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [64, 100, 256, 512, 2048])
 def test_outputs_do_not_depend_on_how_the_prompt_is_chunked(
-    max_num_batched_tokens: int, llama: Path, expected: list[list[int]]
+    max_num_batched_tokens: int, llama: Path, expected: Expected
 ) -> None:
-    with engine(llama, POLICY, max_num_batched_tokens=max_num_batched_tokens) as llm:
-        assert greedy(llm, PROMPTS) == expected
+    options = {"max_num_batched_tokens": max_num_batched_tokens}
+    with engine(llama, expected.policy, **options) as llm:
+        assert greedy(llm, expected.prompts) == expected.tokens
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [256, 2048])
 def test_outputs_do_not_depend_on_eight_neighbours(
-    max_num_batched_tokens: int, llama: Path, expected: list[list[int]]
+    max_num_batched_tokens: int, llama: Path, expected: Expected
 ) -> None:
     neighbours = [random_prompt(n, 7) for n in (400, 30, 250, 90, 600)]
-    mixed = [*neighbours[:2], *PROMPTS, *neighbours[2:]]
-    with engine(
-        llama, POLICY, max_num_seqs=9, max_num_batched_tokens=max_num_batched_tokens
-    ) as llm:
-        assert greedy(llm, mixed)[2:6] == expected
+    mixed = [*neighbours[:2], *expected.prompts, *neighbours[2:]]
+    options = {"max_num_seqs": 9, "max_num_batched_tokens": max_num_batched_tokens}
+    with engine(llama, expected.policy, **options) as llm:
+        assert greedy(llm, mixed)[2:6] == expected.tokens
 
 
 def test_preempted_requests_replay_to_the_same_tokens(
-    llama: Path, expected: list[list[int]]
+    llama: Path, expected: Expected
 ) -> None:
-    # 201 tokens are 7 blocks; the 19 usable blocks of the pool hold two and a half
-    # requests, so four at once must preempt each other, in prompt and in output.
-    with engine(llama, POLICY, max_num_seqs=4, num_gpu_blocks_override=20) as llm:
+    # 201 tokens are 7 blocks, and a held prompt of 700 is 22; the usable blocks of the
+    # pool hold two and a half requests, or little more than the held prompt, so four at
+    # once must preempt each other, in prompt and in output.
+    blocks = 20 if expected.policy.get("segment") else 28
+    options = {"max_num_seqs": 4, "num_gpu_blocks_override": blocks}
+    options["max_model_len"] = 1024
+    with engine(llama, expected.policy, **options) as llm:
         preempted = count_preemptions(llm)
-        assert greedy(llm, PROMPTS) == expected
+        assert greedy(llm, expected.prompts) == expected.tokens
     assert sum(preempted.values()) > 0
     assert max(preempted.values()) < 50
 
@@ -72,13 +88,13 @@ def count_preemptions(llm: Any) -> dict[str, int]:
 
 
 def generate_in_subprocess(
-    model: Path, env: dict[str, str], tokens: int, **options: Any
+    model: Path, env: dict[str, str], case: Expected, tokens: int, **options: Any
 ) -> list[list[int]]:
     """Greedy tokens from a fresh process; its threads are not bound to one core."""
     job = {
         "model": str(model),
-        "policy": POLICY,
-        "prompts": PROMPTS,
+        "policy": case.policy,
+        "prompts": case.prompts,
         "tokens": tokens,
         "options": options,
     }
@@ -98,18 +114,20 @@ def generate_in_subprocess(
 
 
 @pytest.mark.serial
+@pytest.mark.parametrize("expected", NAMES[:1], indirect=True)
 def test_two_tensor_parallel_ranks_give_the_same_tokens(
-    llama: Path, expected: list[list[int]]
+    llama: Path, expected: Expected
 ) -> None:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    tokens = generate_in_subprocess(llama, env, 100, tensor_parallel_size=2)
-    assert tokens == [output[:100] for output in expected]
+    tokens = generate_in_subprocess(llama, env, expected, 100, tensor_parallel_size=2)
+    assert tokens == [output[:100] for output in expected.tokens]
 
 
 @pytest.mark.serial
+@pytest.mark.parametrize("expected", NAMES[:1], indirect=True)
 def test_a_compiled_model_gives_the_same_tokens(
-    llama: Path, expected: list[list[int]], tmp_path: Path
+    llama: Path, expected: Expected, tmp_path: Path
 ) -> None:
     env = {"VLLM_CACHE_ROOT": str(tmp_path)}
-    tokens = generate_in_subprocess(llama, env, 300, enforce_eager=False)
-    assert tokens == expected
+    tokens = generate_in_subprocess(llama, env, expected, 300, enforce_eager=False)
+    assert tokens == expected.tokens

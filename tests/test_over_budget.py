@@ -73,7 +73,28 @@ CASES = (
     ),
 )
 
-SEEDS: dict[str, tuple[int, ...]] = {}
+SEEDS: dict[str, tuple[int, ...]] = {
+    "default": (0, 0, 0, 0),
+    "budget a multiple of the block": (0, 1, 0, 0),
+    "large blocks": (0, 0, 0, 0),
+    "segments": (0, 0, 0, 0),
+    "long segments": (0, 1, 0, 0),
+    "8 bits": (0, 0, 0, 0),
+    "128 bits": (0, 2, 0, 1),
+    "no sinks": (1, 0, 3, 0),
+    "every query votes": (0, 0, 1, 0),
+    "token by token": (2, 1),
+    "paper": (0, 0, 0, 1),
+    "reference": (0, 0, 0, 2),
+    "instant": (0, 1, 3, 15),
+    "instant, 128 bits": (0, 1, 5, 15),
+    "instant, prompt held": (1, 0, 10, 3),
+    "instant, no protection": (0, 1, 2, 16),
+    "instant, token by token": (1, 0),
+    "one query head": (0, 0, 0, 1),
+    "one query head, segments": (0, 0, 0, 1),
+    "one query head, reference": (0, 1, 1, 1),
+}
 """Seeds of prompts whose continuation rounding noise leaves alone, per length; from
 ``python -m support.find_prompts``, which asks the oracle and not the engine."""
 
