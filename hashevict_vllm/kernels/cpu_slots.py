@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16
 from hashevict_vllm.kernels.jit import inlined
 
-_FP16_REBIAS = np.float32(2.0**112)
+FP16_REBIAS = np.float32(2.0**112)
+"""Factor on a float16's bits, read as those of a float32."""
+
+
+@intrinsic
+def borrowed(typingctx: Any, array: Any) -> Any:
+    """The same array without an owner, for the time of a kernel call.
+
+    numba counts references of every slice of an owned array, atomically: in the scan of
+    a block that takes longer than the block's slots do.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = context.make_array(array)(context, builder, args[0])
+        view.meminfo = ir.Constant(view.meminfo.type, None)
+        view.parent = ir.Constant(view.parent.type, None)
+        return view._getvalue()
+
+    return array(array), codegen
 
 
 @inlined
@@ -23,7 +45,7 @@ def load(raw, kind, out):
             sign = (x & np.uint32(0x8000)) << np.uint32(16)
             bits[d] = sign | ((x & np.uint32(0x7FFF)) << np.uint32(13))
         for d in range(len(raw)):
-            out[d] *= _FP16_REBIAS
+            out[d] *= FP16_REBIAS
     else:
         for d in range(len(raw)):
             bits[d] = np.uint32(raw[d])
