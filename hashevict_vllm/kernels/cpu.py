@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, VOTE
+from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, RECENCY, VOTE
 from hashevict_vllm.kernels.cpu_centre import (
     adjacent_keys,
     centre_of,
@@ -19,9 +19,18 @@ from hashevict_vllm.kernels.cpu_centre import (
 )
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, merge_queries
-from hashevict_vllm.kernels.cpu_slots import borrowed, elements_of, load, tail_of
+from hashevict_vllm.kernels.cpu_slots import (
+    borrowed,
+    elements_of,
+    load,
+    prefetch_rows,
+    tail_of,
+)
 from hashevict_vllm.kernels.cpu_votes import cast_votes, mark_losers
 from hashevict_vllm.kernels.jit import inlined, kernel
+
+PREFETCHED_SLOTS = 8192
+"""Slots that are asked for ahead of their scan; more would not stay in the cache."""
 
 
 @kernel
@@ -96,6 +105,17 @@ def write_tokens(
         # Head by head: a prompt's tokens share one centre per head.
         head, n = task // len(rows), task % len(rows)
         row, blocks = rows[n], block_table[requests[n]]
+        if task + 1 < len(rows) * heads:
+            # What the next scan reads comes from memory while this one computes.
+            next_head, m = (task + 1) // len(rows), (task + 1) % len(rows)
+            if evict[m]:
+                first_row = words - 1 if rule[2] == VOTE and not voters[m] else 0
+                first_row = words if rule[2] == RECENCY else first_row
+                next_blocks = block_table[requests[m]]
+                slots_ahead = min(np.int64(slots[m]), PREFETCHED_SLOTS)
+                prefetch_rows(
+                    tail, next_blocks, slots_ahead, next_head, geometry, first_row
+                )
         load(k[row, head], geometry[7], y)
         if rule[2] == VOTE and positions[n] >= rule[0]:
             if centred != requests[n] * heads + head:

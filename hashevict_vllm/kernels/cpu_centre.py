@@ -13,11 +13,8 @@ from numba import njit
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16
 from hashevict_vllm.kernels.cpu_hash import hash_row
 from hashevict_vllm.kernels.cpu_scores import square_of
+from hashevict_vllm.kernels.cpu_vector import LANES, sum_of_run
 from hashevict_vllm.kernels.cpu_slots import FP16_REBIAS, elements_of, load_key, tail_of
-
-
-_LANES = 16
-"""Keys that are read at once; divides every block size."""
 
 
 @njit
@@ -38,34 +35,22 @@ def adjacent_keys(k_map, sinks):
         for d in range(dim):
             if here[d] - first[d] != slot:
                 return np.zeros(0, np.uint32)
-    lanes = np.zeros((sinks + _LANES - 1) // _LANES * _LANES, np.uint32)
+    lanes = np.zeros((sinks + LANES - 1) // LANES * LANES, np.uint32)
     lanes[1:sinks] = np.uint32(0xFFFFFFFF)
     return lanes
 
 
-@njit(fastmath={"contract", "reassoc", "nsz"})
-def _add_runs(page, k_map_row, lanes, kind, centre):
-    """Add the chosen lanes of a run of 16 keys, which starts in slot ``k_map_row``."""
-    bits = np.empty(_LANES, np.uint32)
-    floats = bits.view(np.float32)
+@njit
+def _add_runs(page, starts, lanes, kind, centre):
+    """Add the chosen lanes of a run of 16 keys; ``starts`` [D], its first elements."""
+    sign, rest, shift = np.uint32(0), np.uint32(0xFFFFFFFF), np.uint32(0)
+    if kind == BFLOAT16:
+        rest, shift = np.uint32(0xFFFF), np.uint32(16)
+    elif kind == FLOAT16:
+        sign, rest, shift = np.uint32(0x8000), np.uint32(0x7FFF), np.uint32(13)
     for d in range(len(centre)):
-        at = np.int64(k_map_row[d])
-        run = page[at : at + _LANES]
-        if kind == BFLOAT16:
-            for i in range(_LANES):
-                bits[i] = (np.uint32(run[i]) << np.uint32(16)) & lanes[i]
-        elif kind == FLOAT16:
-            for i in range(_LANES):
-                half = np.uint32(run[i])
-                sign = (half & np.uint32(0x8000)) << np.uint32(16)
-                bits[i] = (sign | ((half & np.uint32(0x7FFF)) << np.uint32(13))) & lanes[i]
-        else:
-            for i in range(_LANES):
-                bits[i] = np.uint32(run[i]) & lanes[i]
-        total = np.float32(0)
-        for i in range(_LANES):
-            total += floats[i]
-        centre[d] += total
+        at = np.int64(starts[d])
+        centre[d] += sum_of_run(page, at, lanes, sign, rest, shift)
 
 
 @njit
@@ -80,10 +65,10 @@ def centre_of(elements, blocks, head, k_map, lanes, geometry, sinks, x, centre):
         return
     share = np.float32(1) / np.float32(sinks - 1)
     if len(lanes):
-        for slot in range(0, sinks, _LANES):
+        for slot in range(0, sinks, LANES):
             start = elements_of(blocks, slot, head, geometry)
             page = elements[start : start + 2 * block_size * len(centre)]
-            chosen = lanes[slot : slot + _LANES]
+            chosen = lanes[slot : slot + LANES]
             _add_runs(page, k_map[slot % block_size], chosen, kind, centre)
         if kind == FLOAT16:
             share *= FP16_REBIAS

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16
@@ -30,6 +32,29 @@ def borrowed(typingctx: Any, array: Any) -> Any:
         return view._getvalue()
 
     return array(array), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of an element, soon to be read and perhaps written.
+
+    Pages of one request lie anywhere, so that a processor cannot foresee the next; a
+    miss costs more than the scan of a block.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
+        function = cgutils.get_or_insert_function(
+            builder.module, kind, "llvm.prefetch.p0"
+        )
+        address = builder.bitcast(builder.gep(data, [args[1]]), i8.as_pointer())
+        one, high, cached = (ir.Constant(i32, n) for n in (1, 3, 1))
+        builder.call(function, [address, one, high, cached])
+        return context.get_dummy_value()
+
+    return types.void(array, index), codegen
 
 
 @inlined
@@ -57,6 +82,16 @@ def tail_of(blocks, slot, head, geometry):
     block = np.int64(blocks[slot // geometry[1]])
     rows = (geometry[3] + 1) * geometry[1]
     return block * geometry[5] + geometry[6] + head * rows
+
+
+@njit
+def prefetch_rows(tail, blocks, num_slots, head, geometry, first_row):
+    """Ask for the tail's rows from ``first_row`` on, of all blocks of a KV head."""
+    block_size, rows = geometry[1], geometry[3] + 1
+    for slot in range(0, num_slots, block_size):
+        start = tail_of(blocks, slot, head, geometry)
+        for word in range(first_row * block_size, rows * block_size, 16):
+            prefetch(tail, start + word)
 
 
 @inlined

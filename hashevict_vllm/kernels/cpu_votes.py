@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from hashevict_vllm.kernels.cpu_hash import project_rows
 from hashevict_vllm.kernels.cpu_scores import load_queries
 from hashevict_vllm.kernels.cpu_slots import tail_of
+from hashevict_vllm.kernels.cpu_vector import add_rows, double_table
 from hashevict_vllm.kernels.jit import inlined
 from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
@@ -49,7 +50,7 @@ def _exp(x):
     return p * _float_of_bits(np.int32((np.int32(n) + np.int32(127)) << 23))
 
 
-@njit(fastmath={"contract"})
+@njit
 def _fill_tables(projected, b, group, first, tables):
     """What every byte of a signature adds to the logits of four queries.
 
@@ -62,6 +63,7 @@ def _fill_tables(projected, b, group, first, tables):
             its values and each query, sum_j t_j s_j over the byte's bits.
 
     """
+    steps = np.zeros(4, np.float32)
     for byte in range(len(tables) // 1024):
         table = tables[byte * 1024 : byte * 1024 + 1024]
         table[:4] = np.float32(0)
@@ -69,38 +71,9 @@ def _fill_tables(projected, b, group, first, tables):
         for j in range(byte * 8, byte * 8 + 8):
             for g in range(4):
                 known = first + g < group and j < b
-                t = projected[(first + g) * b + j] if known else np.float32(0)
-                for i in range(g, size, 4):
-                    table[size + i] = table[i] + t
-                    table[i] -= t
+                steps[g] = projected[(first + g) * b + j] if known else np.float32(0)
+            double_table(table, size, steps)
             size *= 2
-
-
-@njit(fastmath={"contract"})
-def _add_word(words, tables, sums):
-    """Add one word of n signatures, int32 [n], to the sums of four queries [n * 4].
-
-    ``tables`` float32 [4 * 256 * 4] are those of the word's bytes. Eight bits and four
-    queries cost one addition of vectors this way.
-    """
-    low, second = tables[:1024], tables[1024:2048]
-    third, high = tables[2048:3072], tables[3072:4096]
-    for i in range(len(words)):
-        word = np.uint64(words[i])
-        p = (word & np.uint64(0xFF)) << np.uint64(2)
-        q = (word >> np.uint64(6)) & np.uint64(0x3FC)
-        r = (word >> np.uint64(14)) & np.uint64(0x3FC)
-        s = (word >> np.uint64(22)) & np.uint64(0x3FC)
-        one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
-        a = (low[p] + second[q]) + (third[r] + high[s])
-        b = (low[p + one] + second[q + one]) + (third[r + one] + high[s + one])
-        c = (low[p + two] + second[q + two]) + (third[r + two] + high[s + two])
-        d = (low[p + three] + second[q + three]) + (third[r + three] + high[s + three])
-        at = sums[4 * i : 4 * i + 4]
-        at[0] += a
-        at[1] += b
-        at[2] += c
-        at[3] += d
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"})
@@ -133,29 +106,22 @@ def _softmax_into(logits, top, weights, votes):
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"})
-def _fade(tail, blocks, num_slots, head, geometry, decay, oldest_new):
-    """Decay votes; slots from position ``oldest_new`` on get the mean of the others."""
-    block_size, words = geometry[1], geometry[3]
-    as_float = tail.view(np.float32)
-    total, others = np.float32(0), 0
-    for first in range(0, num_slots, block_size):
-        count = min(block_size, num_slots - first)
-        at = tail_of(blocks, first, head, geometry) + (words - 1) * block_size
-        votes = as_float[at : at + count]
-        position = tail[at + block_size : at + block_size + count]
-        for i in range(count):
-            old = position[i] < oldest_new
-            votes[i] *= decay
-            total += votes[i] if old else np.float32(0)
-            others += np.int64(old)
-    mean = total / np.float32(others) if others else np.float32(0)
-    for first in range(0, num_slots, block_size):
-        count = min(block_size, num_slots - first)
-        at = tail_of(blocks, first, head, geometry) + (words - 1) * block_size
-        votes = as_float[at : at + count]
-        position = tail[at + block_size : at + block_size + count]
-        for i in range(count):
-            votes[i] = votes[i] if position[i] < oldest_new else mean
+def _sum_old(votes, position, oldest_new):
+    """Sum and number of the votes [n] of slots before position ``oldest_new``."""
+    total, others = np.float32(0), np.int32(0)
+    for i in range(len(votes)):
+        old = position[i] < oldest_new
+        total += votes[i] if old else np.float32(0)
+        others += np.int32(old)
+    return total, others
+
+
+@njit(fastmath={"contract"})
+def _fade_and_add(votes, position, oldest_new, decay, mean, new_votes):
+    """Decay votes [n], or set those of new slots to ``mean``, and add the new ones."""
+    for i in range(len(votes)):
+        kept = votes[i] * decay if position[i] < oldest_new else mean
+        votes[i] = kept + new_votes[i]
 
 
 @njit
@@ -191,7 +157,7 @@ def cast_votes(
             for w in range(hashed):
                 at = base + w * block_size
                 signatures = tail[at : at + end - first]
-                _add_word(signatures, tables[w * 4096 : w * 4096 + 4096], here)
+                add_rows(signatures, tables[w * 4096 : w * 4096 + 4096], here)
             at = base + hashed * block_size
             norms = as_float[at : at + end - first]
             for g in range(four):
@@ -199,15 +165,25 @@ def cast_votes(
                 tops[g] = max(tops[g], top)
         for g in range(four):
             _softmax_into(logits[g], tops[g], weights, votes)
+    # In a segment every slot is older than this, and nothing fades.
+    oldest_new, decay, mean = np.int32(2**31 - 1), np.float32(1), np.float32(0)
     if t >= 0:
-        new = t - rule[5]
-        _fade(tail, blocks, num_slots, head, geometry, strengths[1], new)
+        oldest_new, decay = np.int32(t - rule[5]), strengths[1]
+        total, others = np.float32(0), 0
+        for first in range(0, num_slots, block_size):
+            count = min(block_size, num_slots - first)
+            at = tail_of(blocks, first, head, geometry) + (hashed + 1) * block_size
+            position = tail[at + block_size : at + block_size + count]
+            here, old = _sum_old(as_float[at : at + count], position, oldest_new)
+            total += here
+            others += old
+        mean = decay * total / np.float32(others) if others else np.float32(0)
     for first in range(0, num_slots, block_size):
-        end = min(first + block_size, num_slots)
+        count = min(block_size, num_slots - first)
         at = tail_of(blocks, first, head, geometry) + (hashed + 1) * block_size
-        kept, new_votes = as_float[at : at + end - first], votes[first:end]
-        for i in range(end - first):
-            kept[i] += new_votes[i]
+        position = tail[at + block_size : at + block_size + count]
+        kept, new_votes = as_float[at : at + count], votes[first : first + count]
+        _fade_and_add(kept, position, oldest_new, decay, mean, new_votes)
 
 
 @njit
