@@ -10,6 +10,9 @@ from pathlib import Path
 
 COMMANDS = {
     "decode-layer": "eviction step and attention of one layer in decode",
+    "prefill-layer": "one layer reads a prompt, segment by segment",
+    "capacity": "requests and context lengths that a pool holds",
+    "serve": "a real `vllm serve` under `vllm bench serve`",
 }
 """Subcommands, one module each; imported when run, as some need seconds to load."""
 

@@ -72,6 +72,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
             f"{rule} b={bits} C={budget} batch={batch} D={shape.head_dim}: "
             f"evict {1e6 * evict:.0f} us = "
             f"{timing.Spread(**row['evict_share']).show(100)} % of the stock layer, "
+            f"together {timing.Spread(**row['slowdown']).show(100)} %; "
             f"{evict / row['floor_s']:.1f} x the time to read its bytes"
             + "".join(
                 f"; {length} tokens: {timing.Spread(**speedup).show()} x faster"
@@ -115,8 +116,10 @@ def measure(
     """Time one cell of the grid; every request is at budget and decodes one token.
 
     Returns:
-        ``seconds`` of every part, ``evict_share`` of the stock layer at equal slots and
-        ``speedup`` over the stock layer by length, each with its spread.
+        ``seconds`` of every part; the stock layer at equal slots is the unit of
+        ``evict_share`` and of ``slowdown`` (eviction step and attention; both layers
+        write one token, so that this is what the rule adds); ``speedup`` over the stock
+        layer by length. Each with its spread.
 
     """
     budget = policy.budget
@@ -164,6 +167,7 @@ def measure(
             name: timing.Spread.of(sample).as_dict() for name, sample in seconds.items()
         },
         "evict_share": timing.ratio(seconds["evict"], stock[budget]).as_dict(),
+        "slowdown": timing.ratio(ours, stock[budget]).as_dict(),
         "speedup": {n: timing.ratio(stock[n], ours).as_dict() for n in lengths},
     }
 
