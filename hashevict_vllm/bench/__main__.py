@@ -7,6 +7,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 COMMANDS = {
     "decode-layer": "eviction step and attention of one layer in decode",
@@ -42,7 +43,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     return made
 
 
-def _module(command: str):  # type: ignore[no-untyped-def]
+def _module(command: str) -> Any:
     return import_module(f"hashevict_vllm.bench.{command.replace('-', '_')}")
 
 

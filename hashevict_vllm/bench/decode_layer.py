@@ -1,9 +1,9 @@
 """``decode-layer``: a decode step of one layer, against stock attention.
 
-The eviction step (hash, scan, write) is set against the stock layer (vLLM's cache update
-and attention) over as many live slots: what a budget costs beside what it saves. With
-``--length``, the whole budgeted layer is set against the stock layer over a request of
-that length: what it saves.
+The eviction step (hash, scan, write) is set against the stock layer (vLLM's cache
+update and attention) over as many live slots: what a budget costs. With ``--length``,
+the whole budgeted layer is set against the stock layer over a request of that length:
+what a budget saves.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def run(options: argparse.Namespace, results: Results) -> None:
         results.say(
             f"{rule} b={bits} C={budget} batch={batch} D={shape.head_dim}: "
             f"evict {1e6 * evict:.0f} us = "
-            f"{timing.Spread(**row['evict_share']).show(100)} % of the stock layer, "
-            f"together {timing.Spread(**row['slowdown']).show(100)} %; "
+            f"{timing.show(row['evict_share'], 100)} % of the stock layer, "
+            f"together {timing.show(row['slowdown'], 100)} %; "
             f"{evict / row['floor_s']:.1f} x the time to read its bytes"
             + "".join(
-                f"; {length} tokens: {timing.Spread(**speedup).show()} x faster"
+                f"; {length} tokens: {timing.show(speedup)} x faster"
                 for length, speedup in row["speedup"].items()
             )
         )
@@ -159,8 +159,9 @@ def measure(
             # given up, as it does in a model of many layers.
             parts["evict"] = evict
     seconds = timing.interleaved(parts, repeats, STEPS)
-    stock = {n: timing.total(seconds[f"update {n}"], seconds[f"attend {n}"])
-             for n in caches}
+    stock = {
+        n: timing.total(seconds[f"update {n}"], seconds[f"attend {n}"]) for n in caches
+    }
     ours = timing.total(seconds["evict"], seconds[f"attend {budget}"])
     return {
         "seconds": {
@@ -189,7 +190,7 @@ def bytes_read(policy: ResolvedKVPolicy, shape: Shape, batch: int) -> float:
         "norm": 2,
     }
     if policy.scoring == "cosine":
-        per_slot = 4 + shape.head_dim * shape.dtype.itemsize
+        per_slot: float = 4 + shape.head_dim * shape.dtype.itemsize
     else:
         per_slot = 4 * words[policy.scoring]
     return batch * shape.kv_heads * policy.budget * per_slot

@@ -167,7 +167,9 @@ class PagedCache:
         key, value = rows.chunk(2, dim=2)
         return key, value
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> None:
         """The stock cache update: k, v [T, Hkv, D] at flat slots int64 [T]."""
         from vllm import _custom_ops as ops
 
@@ -260,9 +262,7 @@ class BudgetedLayer:
         per_request: list[list[Piece]] = []
         row = 0
         for request, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            cut = cut_chunk(
-                self.policy, request, row, start, start + count, prompt_len
-            )
+            cut = cut_chunk(self.policy, request, row, start, start + count, prompt_len)
             per_request.append(list(cut))
             row += count
         steps = []
@@ -281,7 +281,9 @@ class BudgetedLayer:
             steps.append(Step(arrays, attention, slice(rows[0], rows[-1] + 1)))
         return steps
 
-    def write(self, step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(
+        self, step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
         """Hash, evict, write: q [T, Hq, D], k and v [T, Hkv, D]."""
         arrays = step.arrays
         cpu.write_tokens(

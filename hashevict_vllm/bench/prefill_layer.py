@@ -54,9 +54,9 @@ def run(options: argparse.Namespace, results: Results) -> None:
             results.say(
                 f"{length} tokens, D={head_dim}, {name}: "
                 f"{row['seconds'][name]['median']:.2f} s, "
-                f"{timing.Spread(**row['speedup'][name]).show()} x faster than stock; "
+                f"{timing.show(row['speedup'][name])} x faster than stock; "
                 f"of attention alone "
-                f"{timing.Spread(**row['attention_speedup'][name]).show()} x"
+                f"{timing.show(row['attention_speedup'][name])} x"
             )
 
 
@@ -86,7 +86,11 @@ def _resolve(
 
 
 def measure(
-    ours: dict[str, ResolvedKVPolicy], shape: Shape, length: int, chunk: int, repeats: int
+    ours: dict[str, ResolvedKVPolicy],
+    shape: Shape,
+    length: int,
+    chunk: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """Time a prompt of ``length`` tokens through the stock layer and each of ours.
 
@@ -98,7 +102,9 @@ def measure(
     q, k, v = shape.tokens(chunk)
     output = torch.empty_like(q)
     stock = _Stock(shape, length, chunk)
-    layers = {name: _Ours(policy, shape, length, chunk) for name, policy in ours.items()}
+    layers = {
+        name: _Ours(policy, shape, length, chunk) for name, policy in ours.items()
+    }
     parts: dict[str, timing.Part] = {"stock": lambda _: stock.read(q, k, v, output)}
     for name, layer in layers.items():
         parts[name] = lambda _, layer=layer: layer.read(q, k, v, output)  # type: ignore[misc]
@@ -106,7 +112,9 @@ def measure(
     attention = {name: layer.attention_seconds[1:] for name, layer in layers.items()}
     return {
         "seconds": {n: timing.Spread.of(x).as_dict() for n, x in seconds.items()},
-        "speedup": {n: timing.ratio(seconds["stock"], seconds[n]).as_dict() for n in ours},
+        "speedup": {
+            n: timing.ratio(seconds["stock"], seconds[n]).as_dict() for n in ours
+        },
         "attention_speedup": {
             n: timing.ratio(stock.attention_seconds[1:], attention[n]).as_dict()
             for n in ours

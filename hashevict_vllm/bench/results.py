@@ -19,7 +19,7 @@ Lines = dict[str, list[tuple[float, dict[str, float]]]]
 
 
 def show_progress(cells: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the cells with a progress bar, or with lines where stderr is no terminal."""
+    """Yield the cells with a progress bar."""
     from tqdm import tqdm
 
     yield from tqdm(cells, desc=what, unit="cell", mininterval=1, dynamic_ncols=True)

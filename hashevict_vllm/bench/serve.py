@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=int, help="another budget")
     add("--output-tokens", type=int, help="other answers, for a quick run")
     add("--eager", action="store_true", help="servers with --enforce-eager")
-    add("--policy-config", default="", metavar="JSON", help="--kv-policy-config of ours")
+    add(
+        "--policy-config", default="", metavar="JSON", help="--kv-policy-config of ours"
+    )
 
 
 def run(options: argparse.Namespace, results: Results) -> None:
@@ -66,8 +68,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
             results.say(
                 f"{name}, {policy}: {row['throughput']:.1f} tokens/s, ITL p50 "
                 f"{row['itl_p50_ms']:.1f} p95 {row['itl_p95_ms']:.1f} ms, TTFT "
-                f"{row['ttft_ms']:.0f} ms, {row['preemptions']:.0f} preemptions, at most "
-                f"{row['peak_num_requests_running']:.0f} requests at once"
+                f"{row['ttft_ms']:.0f} ms, {row['preemptions']:.0f} preemptions, "
+                f"at most {row['peak_num_requests_running']:.0f} requests at once"
             )
         for policy in options.policies:
             compared = compare(rows["stock"], rows[policy])
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
             results.say(
                 f"{name}, {policy} / stock: "
                 + ", ".join(
-                    f"{metric} {timing.Spread(**spread).show()}"
+                    f"{metric} {timing.show(spread)}"
                     for metric, spread in compared.items()
                 )
             )

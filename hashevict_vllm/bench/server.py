@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ class Server:
         self.url = url
 
     def metrics(self) -> dict[str, float]:
-        """vLLM's metrics that have one value, without the prefix ``vllm:``."""
+        """VLLM's metrics that have one value, without the prefix ``vllm:``."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
             text = answer.read().decode()
         found = re.findall(r"^vllm:(\w+){[^}]*} (\S+)$", text, re.MULTILINE)
@@ -112,9 +111,11 @@ def _wait_for_health(
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended at start; see {log}")
-        with contextlib.suppress(OSError):
-            with urllib.request.urlopen(f"{server.url}/health", timeout=5):
-                return
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"{server.url}/health", timeout=5),
+        ):
+            return
         time.sleep(0.5)
     raise TimeoutError(f"no /health after {START_TIMEOUT_S} s; see {log}")
 
@@ -174,10 +175,14 @@ def run_client(
     }
     command = [vllm_command(), "bench", "serve", "--ignore-eos", "--disable-tqdm"]
     command += ["--save-result", "--save-detailed"]
-    command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    command += [
+        text for key, value in options.items() for text in (f"--{key}", str(value))
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode or not result.is_file():
-        raise RuntimeError(f"vllm bench serve failed:\n{(ran.stdout + ran.stderr)[-3000:]}")
+        raise RuntimeError(
+            f"vllm bench serve failed:\n{(ran.stdout + ran.stderr)[-3000:]}"
+        )
     found: dict[str, Any] = json.loads(result.read_text())
     if found["completed"] != requests:
         raise RuntimeError(f"{requests - found['completed']} requests failed")

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 Part = Callable[[int], None]
 """One of the things compared; called with the index of the step within a repeat."""
@@ -46,6 +47,11 @@ class Spread:
             return cls(sample[0], sample[0], sample[0], 1)
         low, median, high = statistics.quantiles(sample, n=4, method="inclusive")
         return cls(median, low, high, len(sample))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Spread:
+        """The inverse of `as_dict`."""
+        return cls(**fields)
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -89,6 +95,11 @@ def interleaved(
     return seconds
 
 
+def show(fields: dict[str, Any], factor: float = 1.0) -> str:
+    """`Spread.show` of a spread's dict."""
+    return Spread.from_dict(fields).show(factor)
+
+
 def total(*samples: Sequence[float]) -> list[float]:
     """Sums of paired samples: the time of parts that follow each other."""
     return [sum(values) for values in zip(*samples, strict=True)]
@@ -110,5 +121,9 @@ def read_bandwidth(mib: int = 256, repeats: int = 9) -> Spread:
     import torch
 
     x = torch.ones(mib << 18, dtype=torch.float32)
-    samples = interleaved({"sum": lambda _: x.sum()}, repeats)["sum"]
+
+    def read(step: int) -> None:
+        x.sum()
+
+    samples = interleaved({"sum": read}, repeats)["sum"]
     return Spread.of([x.nbytes / second for second in samples])

@@ -13,8 +13,8 @@ from numba import njit
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16
 from hashevict_vllm.kernels.cpu_hash import hash_row
 from hashevict_vllm.kernels.cpu_scores import square_of
-from hashevict_vllm.kernels.cpu_vector import LANES, sum_of_run
 from hashevict_vllm.kernels.cpu_slots import FP16_REBIAS, elements_of, load_key, tail_of
+from hashevict_vllm.kernels.cpu_vector import LANES, sum_of_run
 
 
 @njit

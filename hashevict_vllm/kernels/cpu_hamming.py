@@ -19,8 +19,6 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from hashevict_vllm.kernels.cpu_slots import tail_of
-
 
 @intrinsic
 def popcount(typingctx: Any, value: Any) -> Any:

@@ -26,7 +26,13 @@ def _make_tile(rows: int, width: int) -> Any:
 
     @intrinsic
     def tile(
-        typingctx: Any, x: Any, projection: Any, dots: Any, b: Any, row: Any, column: Any
+        typingctx: Any,
+        x: Any,
+        projection: Any,
+        dots: Any,
+        b: Any,
+        row: Any,
+        column: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [
@@ -38,7 +44,9 @@ def _make_tile(rows: int, width: int) -> Any:
             dim = builder.sdiv(arrays[1].nitems, b)
 
             def at(pointer: Any, index: Any) -> Any:
-                return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+                return builder.bitcast(
+                    builder.gep(pointer, [index]), vector.as_pointer()
+                )
 
             def plus(value: Any, number: int) -> Any:
                 return builder.add(value, ir.Constant(value.type, number))
@@ -85,7 +93,11 @@ def _make_tile(rows: int, width: int) -> Any:
 
 # Eight sums at a time hide the latency of an addition.
 _four_by_16, _four_by_4 = _make_tile(4, 16), _make_tile(4, 4)
-_one_by_64, _one_by_16, _one_by_4 = _make_tile(1, 64), _make_tile(1, 16), _make_tile(1, 4)
+_one_by_64, _one_by_16, _one_by_4 = (
+    _make_tile(1, 64),
+    _make_tile(1, 16),
+    _make_tile(1, 4),
+)
 
 
 @intrinsic

@@ -120,7 +120,19 @@ def _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score):
 
 @njit
 def _score_block(
-    elements, tail, blocks, j, head, merged, group, t, mean, k_map, geometry, rule, score
+    elements,
+    tail,
+    blocks,
+    j,
+    head,
+    merged,
+    group,
+    t,
+    mean,
+    k_map,
+    geometry,
+    rule,
+    score,
 ):
     """Scores of the first ``len(score)`` slots of the request's j-th block."""
     block_size, words = geometry[1], geometry[3]
