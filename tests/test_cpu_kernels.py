@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.oracle import resolve
 from support.paged import POISON, PagedLayer
 
-from hashevict_vllm.kernels import cpu_scores
+from hashevict_vllm.kernels import cpu_hash
 from hashevict_vllm.kernels.projection import make_projection, num_words
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
 from hashevict_vllm.policies.reference import ReferenceLayer
@@ -198,6 +198,6 @@ def test_signatures_equal_the_oracle_at_zero_and_for_extreme_values() -> None:
         dots = np.zeros(64, np.float32)
         floats = rows.float().nan_to_num(posinf=6e4, neginf=-6e4)
         for row, out in zip(floats, words, strict=True):
-            cpu_scores.hash_row(row.numpy(), projection.numpy().ravel(), dots, out)
+            cpu_hash.hash_row(row.numpy(), projection.numpy().ravel(), dots, out)
         expected = pack_bits(signature_bits(rows.nan_to_num(), projection))
         assert torch.equal(torch.from_numpy(words), expected)

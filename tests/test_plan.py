@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from support.oracle import resolve
 
+from hashevict_vllm.attention.decode import decode_arrays
+from hashevict_vllm.attention.metadata import _round_arrays
 from hashevict_vllm.attention.plan import Piece, cut_chunk, occupied_slots
 
 policies = st.builds(
@@ -91,3 +96,29 @@ def test_a_prompt_within_the_budget_is_one_piece_like_stock(policy, n: int) -> N
     n = min(n, policy.budget)
     (piece,) = cut_chunk(policy, 0, 0, 0, n, n)
     assert (piece.slot, piece.count, piece.evict, piece.compact) == (0, n, False, False)
+
+
+@given(
+    policies,
+    st.sampled_from(["vote", "instant"]),
+    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 400)), min_size=1),
+)
+def test_a_decode_step_is_planned_at_once_as_it_is_piece_by_piece(
+    policy,  # type: ignore[no-untyped-def]
+    scoring: str,
+    requests: list[tuple[int, int]],
+) -> None:
+    policy = dataclasses.replace(policy, scoring=scoring, sinks=4)
+    pieces, positions = [], []
+    for row, (prompt_len, generated) in enumerate(requests):
+        position = prompt_len + generated
+        pieces += cut_chunk(policy, row, row, position, position + 1, prompt_len)
+        positions.append(position)
+    expected = _round_arrays(pieces, policy.budget)
+    found = decode_arrays(policy, np.array(positions))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert np.array_equal(found[name], array), name
+    live = [piece.live_after_write for piece in pieces]
+    assert live == np.minimum(np.array(positions) + 1, policy.budget).tolist()

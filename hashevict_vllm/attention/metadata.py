@@ -12,6 +12,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hashevict_vllm.attention.constants import KernelConstants
+from hashevict_vllm.attention.decode import decode_arrays
 from hashevict_vllm.attention.plan import Piece, cut_chunk
 from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
 
@@ -135,7 +136,6 @@ class BudgetedMetadataBuilderMixin:
 
         """
         common = common_attn_metadata
-        policy = self.kv_cache_spec.policy
         prompt_lens = common.rswa_prefix_lens
         if prompt_lens is None:
             prompt_lens = current_prompt_lens()
@@ -143,6 +143,45 @@ class BudgetedMetadataBuilderMixin:
             raise RuntimeError(
                 "vLLM passed no prompt lengths to the attention metadata builder."
             )
+        prompt_lens = prompt_lens[: common.num_reqs]
+        rounds = self._build_decode(common, prompt_lens)
+        if rounds is None:
+            rounds = self._build_rounds(common, prompt_lens)
+        return BudgetedMetadata(
+            rounds=rounds,
+            block_table=common.block_table_tensor.numpy(),
+            num_actual_tokens=common.num_actual_tokens,
+            constants=self.constants,
+        )
+
+    def _build_decode(
+        self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
+    ) -> list[Round] | None:
+        """The one round of a step where every request decodes one token; else None."""
+        if common.max_query_len != 1 or common.num_actual_tokens != common.num_reqs:
+            return None
+        ends = common.seq_lens[: common.num_reqs].numpy()
+        if (ends <= prompt_lens.numpy()).any():
+            return None
+        policy = self.kv_cache_spec.policy
+        seq_lens = np.minimum(ends, policy.budget).astype(np.int32)
+        inner = super().build(  # type: ignore[misc]
+            0,
+            common.replace(
+                seq_lens=torch.from_numpy(seq_lens),
+                max_seq_len=int(seq_lens.max()),
+                slot_mapping=common.slot_mapping[: common.num_reqs],
+            ),
+        )
+        arrays = decode_arrays(policy, ends - 1)
+        span = slice(0, common.num_reqs)
+        return [Round(rows=None, span=span, inner=inner, **arrays)]
+
+    def _build_rounds(
+        self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
+    ) -> list[Round]:
+        """The rounds of any step, piece by piece."""
+        policy = self.kv_cache_spec.policy
         starts = common.query_start_loc_cpu.tolist()
         ends = common.seq_lens.tolist()
         requests = [
@@ -156,20 +195,13 @@ class BudgetedMetadataBuilderMixin:
                     prompt_len=prompt_len,
                 )
             )
-            for request, prompt_len in enumerate(
-                prompt_lens[: common.num_reqs].tolist()
-            )
+            for request, prompt_len in enumerate(prompt_lens.tolist())
         ]
         by_round = [
             [piece for piece in pieces if piece is not None]
             for pieces in zip_longest(*requests)
         ]
-        return BudgetedMetadata(
-            rounds=[self._build_round(common, pieces) for pieces in by_round],
-            block_table=common.block_table_tensor.numpy(),
-            num_actual_tokens=common.num_actual_tokens,
-            constants=self.constants,
-        )
+        return [self._build_round(common, pieces) for pieces in by_round]
 
     def _build_round(
         self, common: CommonAttentionMetadata, pieces: list[Piece]

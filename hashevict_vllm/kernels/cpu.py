@@ -10,16 +10,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from hashevict_vllm.kernels.codes import HAMMING_TO_QUERY, VOTE
+from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, RECENCY, VOTE
 from hashevict_vllm.kernels.cpu_centre import (
+    adjacent_keys,
     centre_of,
     describe_centred,
     describe_sinks,
 )
-from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, hash_queries
-from hashevict_vllm.kernels.cpu_slots import elements_of, load, tail_of
+from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
+from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, merge_queries
+from hashevict_vllm.kernels.cpu_slots import (
+    borrowed,
+    elements_of,
+    load,
+    prefetch_rows,
+    tail_of,
+)
 from hashevict_vllm.kernels.cpu_votes import cast_votes, mark_losers
 from hashevict_vllm.kernels.jit import inlined, kernel
+
+PREFETCHED_SLOTS = 8192
+"""Slots that are asked for ahead of their scan; more would not stay in the cache."""
 
 
 @kernel
@@ -71,25 +82,50 @@ def write_tokens(
 
     """
     heads, block_size, dim, words = geometry[0], geometry[1], geometry[2], geometry[3]
+    elements, tail, q, k, v = (
+        borrowed(elements),
+        borrowed(tail),
+        borrowed(q),
+        borrowed(k),
+        borrowed(v),
+    )
+    block_table, projection = borrowed(block_table), borrowed(projection)
+    k_map, v_map = borrowed(k_map), borrowed(v_map)
     group = q.shape[1] // heads if rule[2] == HAMMING_TO_QUERY else 1
-    x, y = np.empty(dim, np.float32), np.empty(dim, np.float32)
-    dots = np.empty(geometry[8], np.float32)
+    x, y = np.empty(group * dim, np.float32), np.empty(dim, np.float32)
+    dots = np.empty(group * geometry[8], np.float32)
     description = np.zeros((1, words), np.int32)
     queries = np.empty((group, words), np.int32)
+    merged = np.zeros(merged_shape(group, words), np.int32)
     scratch = np.empty(block_size, np.int32)
     centre, centred = np.zeros(dim, np.float32), np.int64(-1)
+    lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
+    key_dots = dots[: geometry[8]]
     for task in range(len(rows) * heads):
         # Head by head: a prompt's tokens share one centre per head.
         head, n = task // len(rows), task % len(rows)
         row, blocks = rows[n], block_table[requests[n]]
-        load(k[row, head], geometry[7], x)
+        if task + 1 < len(rows) * heads:
+            # What the next scan reads comes from memory while this one computes.
+            next_head, m = (task + 1) // len(rows), (task + 1) % len(rows)
+            if evict[m]:
+                first_row = words - 1 if rule[2] == VOTE and not voters[m] else 0
+                first_row = words if rule[2] == RECENCY else first_row
+                next_blocks = block_table[requests[m]]
+                slots_ahead = min(np.int64(slots[m]), PREFETCHED_SLOTS)
+                prefetch_rows(
+                    tail, next_blocks, slots_ahead, next_head, geometry, first_row
+                )
+        load(k[row, head], geometry[7], y)
         if rule[2] == VOTE and positions[n] >= rule[0]:
             if centred != requests[n] * heads + head:
                 centred = requests[n] * heads + head
-                centre_of(elements, blocks, head, k_map, geometry, rule[0], y, centre)
-            describe_centred(x, centre, projection, dots, description[0])
+                centre_of(
+                    elements, blocks, head, k_map, lanes, geometry, rule[0], x, centre
+                )
+            describe_centred(y, centre, projection, key_dots, description[0])
         else:
-            describe_key(x, projection, dots, rule, description[0])
+            describe_key(y, projection, key_dots, rule, description[0])
         slot = np.int64(slots[n])
         if evict[n]:
             if voters[n]:
@@ -106,17 +142,20 @@ def write_tokens(
                     strengths,
                     positions[n],
                 )
-            sources = description
             if rule[2] == HAMMING_TO_QUERY:
-                hash_queries(q, row, head, projection, x, dots, geometry, queries)
-                sources = queries
+                merge_queries(
+                    q, row, head, projection, x, dots, queries, geometry, merged
+                )
+            elif rule[2] == HAMMING_TO_KEY:
+                merge(description, merged)
             slot = find_victim(
                 elements,
                 tail,
                 blocks,
                 slot,
                 head,
-                sources,
+                merged,
+                group,
                 positions[n],
                 k_map,
                 geometry,
@@ -137,7 +176,9 @@ def write_tokens(
             meta[w * block_size + offset] = description[0, w]
         meta[words * block_size + offset] = positions[n]
         if rule[2] == VOTE and positions[n] == rule[0] - 1:
-            centre_of(elements, blocks, head, k_map, geometry, rule[0], y, centre)
+            centre_of(
+                elements, blocks, head, k_map, lanes, geometry, rule[0], x, centre
+            )
             describe_sinks(
                 elements,
                 tail,
@@ -147,8 +188,8 @@ def write_tokens(
                 k_map,
                 geometry,
                 rule[0],
-                x,
-                dots,
+                y,
+                key_dots,
                 description[0],
                 centre,
             )
@@ -164,24 +205,28 @@ def _replay_head(
     group = q.shape[1] // geometry[0] if rule[2] == HAMMING_TO_QUERY else 1
     first_slot, count = np.int64(piece[4]), np.int64(piece[2])
     scratch = np.empty(block_size, np.int32)
-    x, dots = np.empty(geometry[2], np.float32), np.empty(geometry[8], np.float32)
+    x = np.empty(group * geometry[2], np.float32)
+    dots = np.empty(group * geometry[8], np.float32)
     sources = np.empty((group, words), np.int32)
+    merged = np.zeros(merged_shape(group, words), np.int32)
     for i in range(max(budget - first_slot, 0), count):
         slot = first_slot + i
         if rule[2] == HAMMING_TO_QUERY:
             row = piece[3] + i
-            hash_queries(q, row, head, projection, x, dots, geometry, sources)
-        else:
+            merge_queries(q, row, head, projection, x, dots, sources, geometry, merged)
+        elif rule[2] == HAMMING_TO_KEY:
             at = tail_of(blocks, slot, head, geometry) + slot % block_size
             for w in range(words):
                 sources[0, w] = tail[at + w * block_size]
+            merge(sources, merged)
         victim = find_victim(
             elements,
             tail,
             blocks,
             slot,
             head,
-            sources,
+            merged,
+            group,
             piece[1] + i,
             k_map,
             geometry,
@@ -260,6 +305,9 @@ def replay_segments(
 
     """
     heads = geometry[0]
+    elements, tail, q = borrowed(elements), borrowed(tail), borrowed(q)
+    block_table, projection = borrowed(block_table), borrowed(projection)
+    k_map, v_map = borrowed(k_map), borrowed(v_map)
     for task in range(len(pieces) * heads):
         piece, head = pieces[task // heads], task % heads
         blocks = block_table[piece[0]]

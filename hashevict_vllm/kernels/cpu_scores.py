@@ -5,12 +5,8 @@ A score is an int32 of at least 0; the largest is evicted, ties go to the oldest
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from hashevict_vllm.kernels.codes import (
     HAMMING_TO_QUERY,
@@ -19,6 +15,8 @@ from hashevict_vllm.kernels.codes import (
     RANDOM,
     VOTE,
 )
+from hashevict_vllm.kernels.cpu_hamming import add_distances, merge
+from hashevict_vllm.kernels.cpu_hash import hash_row, pack_signs, project_rows
 from hashevict_vllm.kernels.cpu_slots import load, load_key, tail_of
 from hashevict_vllm.kernels.jit import inlined
 
@@ -27,53 +25,7 @@ COSINE_UNIT = np.float32(2.0**29)
 """Integer steps of a cosine's score: (cos + 1) times this."""
 
 
-@intrinsic
-def popcount(typingctx: Any, value: Any) -> Any:
-    """Population count of an int32, as LLVM's ctpop, which vectorises to vpopcntd."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(builder.trunc(args[0], ir.IntType(32)))
-
-    return types.int32(types.int32), codegen
-
-
-@njit(fastmath={"contract"})
-def project_row(x, projection, dots):
-    """``x . r_j`` of x [D] for all j, into ``dots`` [b].
-
-    ``projection`` is R, row-major and flat. Eight rows of R at a time halve the time of
-    one by one, as 1-D slices do of 2-D indexing.
-    """
-    b = len(dots)
-    dots[:] = np.float32(0)
-    for d in range(0, len(x), 8):
-        rows = projection[d * b : (d + 8) * b]
-        r0, r1, r2, r3 = rows[:b], rows[b : 2 * b], rows[2 * b : 3 * b], rows[3 * b :]
-        r4, r5, r6, r7 = rows[4 * b :], rows[5 * b :], rows[6 * b :], rows[7 * b :]
-        x0, x1, x2, x3 = x[d], x[d + 1], x[d + 2], x[d + 3]
-        x4, x5, x6, x7 = x[d + 4], x[d + 5], x[d + 6], x[d + 7]
-        for j in range(b):
-            dots[j] += ((x0 * r0[j] + x1 * r1[j]) + (x2 * r2[j] + x3 * r3[j])) + (
-                (x4 * r4[j] + x5 * r5[j]) + (x6 * r6[j] + x7 * r7[j])
-            )
-
-
-@njit
-def hash_row(x, projection, dots, words):
-    """Signature of x [D]: bit j is ``x . r_j >= 0``, packed into ``words`` [W].
-
-    ``dots`` [b] is scratch.
-    """
-    project_row(x, projection, dots)
-    for w in range(len(words)):
-        word = np.uint32(0)
-        chunk = dots[w * 32 : min(w * 32 + 32, len(dots))]
-        for j in range(len(chunk)):
-            word |= np.uint32(chunk[j] >= 0) << np.uint32(j)
-        words[w] = np.int32(word)
-
-
-@inlined
+@njit(fastmath={"contract", "reassoc"})
 def square_of(x):
     """‖x‖² of float32 [D]."""
     square = np.float32(0)
@@ -95,12 +47,26 @@ def describe_key(x, projection, dots, rule, words):
 
 
 @njit
-def hash_queries(q, row, head, projection, x, dots, geometry, sources):
-    """Signatures of the G query heads of a KV head, into ``sources`` [G, W]."""
+def load_queries(q, row, head, geometry, x):
+    """The G query rows of a KV head as float32, into ``x`` [G * D]."""
+    dim = geometry[2]
     group = q.shape[1] // geometry[0]
     for g in range(group):
-        load(q[row, head * group + g], geometry[7], x)
-        hash_row(x, projection, dots, sources[g])
+        load(q[row, head * group + g], geometry[7], x[g * dim : (g + 1) * dim])
+
+
+@njit
+def merge_queries(q, row, head, projection, x, dots, sources, geometry, merged):
+    """Sign the G query heads of a KV head and merge their signatures.
+
+    Scratch: ``x`` [G * D], ``dots`` [G * b], ``sources`` [G, W].
+    """
+    group, b = sources.shape[0], geometry[8]
+    load_queries(q, row, head, geometry, x)
+    project_rows(x, projection, dots, group)
+    for g in range(group):
+        pack_signs(dots[g * b : (g + 1) * b], sources[g])
+    merge(sources, merged)
 
 
 @inlined
@@ -154,7 +120,19 @@ def _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score):
 
 @njit
 def _score_block(
-    elements, tail, blocks, j, head, sources, t, mean, k_map, geometry, rule, score
+    elements,
+    tail,
+    blocks,
+    j,
+    head,
+    merged,
+    group,
+    t,
+    mean,
+    k_map,
+    geometry,
+    rule,
+    score,
 ):
     """Scores of the first ``len(score)`` slots of the request's j-th block."""
     block_size, words = geometry[1], geometry[3]
@@ -162,13 +140,7 @@ def _score_block(
     count = len(score)
     score[:] = np.int32(0)
     if rule[2] <= HAMMING_TO_QUERY:
-        for w in range(words):
-            start = base + w * block_size
-            row = tail[start : start + count]
-            for g in range(sources.shape[0]):
-                word = sources[g, w]
-                for i in range(count):
-                    score[i] += popcount(row[i] ^ word)
+        add_distances(tail, base, block_size, words, merged, group, score)
     elif rule[2] == NORM:
         row = tail[base : base + count]
         for i in range(count):
@@ -189,12 +161,24 @@ def _score_block(
 
 @njit
 def find_victim(
-    elements, tail, blocks, num_slots, head, sources, t, k_map, geometry, rule, scratch
+    elements,
+    tail,
+    blocks,
+    num_slots,
+    head,
+    merged,
+    group,
+    t,
+    k_map,
+    geometry,
+    rule,
+    scratch,
 ):
     """The unprotected slot with the largest score; ties go to the oldest position.
 
-    ``sources`` int32 [G, W] are the signatures compared with; positions below the sinks
-    or above ``t - 1 - recent`` are protected, slots marked ``~position`` are dead.
+    ``merged`` are the ``group`` signatures compared with, merged by
+    `hashevict_vllm.kernels.cpu_hamming`; positions below the sinks or above
+    ``t - 1 - recent`` are protected, slots marked ``~position`` are dead.
     """
     block_size, words = geometry[1], geometry[3]
     lowest, highest = np.int32(rule[0]), np.int32(t - 1 - rule[1])
@@ -211,7 +195,8 @@ def find_victim(
             blocks,
             j,
             head,
-            sources,
+            merged,
+            group,
             t,
             mean,
             k_map,

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16
 from hashevict_vllm.kernels.jit import inlined
 
-_FP16_REBIAS = np.float32(2.0**112)
+FP16_REBIAS = np.float32(2.0**112)
+"""Factor on a float16's bits, read as those of a float32."""
+
+
+@intrinsic
+def borrowed(typingctx: Any, array: Any) -> Any:
+    """The same array without an owner, for the time of a kernel call.
+
+    numba counts references of every slice of an owned array, atomically: in the scan of
+    a block that takes longer than the block's slots do.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        view = context.make_array(array)(context, builder, args[0])
+        view.meminfo = ir.Constant(view.meminfo.type, None)
+        view.parent = ir.Constant(view.parent.type, None)
+        return view._getvalue()
+
+    return array(array), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of an element, soon to be read and perhaps written.
+
+    Pages of one request lie anywhere, so that a processor cannot foresee the next; a
+    miss costs more than the scan of a block.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
+        function = cgutils.get_or_insert_function(
+            builder.module, kind, "llvm.prefetch.p0"
+        )
+        address = builder.bitcast(builder.gep(data, [args[1]]), i8.as_pointer())
+        one, high, cached = (ir.Constant(i32, n) for n in (1, 3, 1))
+        builder.call(function, [address, one, high, cached])
+        return context.get_dummy_value()
+
+    return types.void(array, index), codegen
 
 
 @inlined
@@ -23,7 +70,7 @@ def load(raw, kind, out):
             sign = (x & np.uint32(0x8000)) << np.uint32(16)
             bits[d] = sign | ((x & np.uint32(0x7FFF)) << np.uint32(13))
         for d in range(len(raw)):
-            out[d] *= _FP16_REBIAS
+            out[d] *= FP16_REBIAS
     else:
         for d in range(len(raw)):
             bits[d] = np.uint32(raw[d])
@@ -35,6 +82,16 @@ def tail_of(blocks, slot, head, geometry):
     block = np.int64(blocks[slot // geometry[1]])
     rows = (geometry[3] + 1) * geometry[1]
     return block * geometry[5] + geometry[6] + head * rows
+
+
+@njit
+def prefetch_rows(tail, blocks, num_slots, head, geometry, first_row):
+    """Ask for the tail's rows from ``first_row`` on, of all blocks of a KV head."""
+    block_size, rows = geometry[1], geometry[3] + 1
+    for slot in range(0, num_slots, block_size):
+        start = tail_of(blocks, slot, head, geometry)
+        for word in range(first_row * block_size, rows * block_size, 16):
+            prefetch(tail, start + word)
 
 
 @inlined

@@ -13,8 +13,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from hashevict_vllm.kernels.cpu_scores import project_row
-from hashevict_vllm.kernels.cpu_slots import load, tail_of
+from hashevict_vllm.kernels.cpu_hash import project_rows
+from hashevict_vllm.kernels.cpu_scores import load_queries
+from hashevict_vllm.kernels.cpu_slots import tail_of
+from hashevict_vllm.kernels.cpu_vector import add_rows, double_table
 from hashevict_vllm.kernels.jit import inlined
 from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
@@ -29,23 +31,6 @@ def _float_of_bits(typingctx: Any, value: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), codegen
-
-
-@intrinsic
-def _signed_by(typingctx: Any, value: Any, word: Any, lift: Any) -> Any:
-    """A float32, negated unless bit ``31 - lift`` of an int32 word is set.
-
-    Shift, and, xor: a select, or a product with a converted bit, is twice as slow.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        i32 = ir.IntType(32)
-        lifted = builder.shl(builder.not_(args[1]), args[2])
-        sign = builder.and_(lifted, ir.Constant(i32, 1 << 31))
-        bits = builder.xor(builder.bitcast(args[0], i32), sign)
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(types.float32, types.int32, types.int32), codegen
 
 
 @inlined
@@ -65,35 +50,47 @@ def _exp(x):
     return p * _float_of_bits(np.int32((np.int32(n) + np.int32(127)) << 23))
 
 
-@njit(fastmath={"contract", "reassoc", "nsz"})
-def _logits(signatures, norms, projected, factor, logits):
-    """Estimated logits of a block's n slots, factor |k| sum_j t_j s_j; their maximum.
+@njit
+def _fill_tables(projected, b, group, first, tables):
+    """What every byte of a signature adds to the logits of four queries.
 
-    ``signatures`` int32 [W * N], ``norms`` and ``logits`` float32 [n], ``projected``
-    (t = q R) float32 [b].
+    Args:
+        projected: t = q R of all G queries, float32 [G * b].
+        b: Bits of a signature.
+        group: G.
+        first: First of the four queries; those beyond G, and bits beyond b, add zero.
+        tables: float32 [4 W * 256 * 4], written: for each byte of a signature, each of
+            its values and each query, sum_j t_j s_j over the byte's bits.
+
     """
-    count, b = len(logits), len(projected)
-    block_size = len(signatures) // ((b + 31) // 32)
-    logits[:] = np.float32(0)
-    for w in range((b + 31) // 32):
-        row = signatures[w * block_size : w * block_size + count]
-        t = projected[w * 32 : min(w * 32 + 32, b)]
-        for j in range(0, len(t) - 3, 4):  # b is a multiple of 4
-            lift = np.int32(31 - j)
-            t0, t1, t2, t3 = t[j], t[j + 1], t[j + 2], t[j + 3]
-            for i in range(count):
-                logits[i] += (
-                    _signed_by(t0, row[i], lift)
-                    + _signed_by(t1, row[i], lift - np.int32(1))
-                ) + (
-                    _signed_by(t2, row[i], lift - np.int32(2))
-                    + _signed_by(t3, row[i], lift - np.int32(3))
-                )
-    top = np.float32(-np.inf)
-    for i in range(count):
-        logits[i] *= factor * norms[i]
-        top = max(top, logits[i])
-    return top
+    steps = np.zeros(4, np.float32)
+    for byte in range(len(tables) // 1024):
+        table = tables[byte * 1024 : byte * 1024 + 1024]
+        table[:4] = np.float32(0)
+        size = 4
+        for j in range(byte * 8, byte * 8 + 8):
+            for g in range(4):
+                known = first + g < group and j < b
+                steps[g] = projected[(first + g) * b + j] if known else np.float32(0)
+            double_table(table, size, steps)
+            size *= 2
+
+
+@njit(fastmath={"contract", "reassoc", "nsz"})
+def _logits_of(sums, query, norms, factor, logits):
+    """Logits factor |k| sum_j t_j s_j of one of four queries; their maximum.
+
+    ``sums`` float32 [n * 4], ``norms`` and ``logits`` float32 [n].
+    """
+    ordered = logits.view(np.int32)
+    top = np.int32(-(2**31))
+    for i in range(len(logits)):
+        logits[i] = sums[4 * i + query] * (factor * norms[i])
+    for i in range(len(logits)):
+        # A float's bits order as it does, once those of negative ones are turned round.
+        bits = ordered[i]
+        top = max(top, bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return _float_of_bits(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"})
@@ -108,30 +105,23 @@ def _softmax_into(logits, top, weights, votes):
         votes[i] = max(votes[i], weights[i] * share)
 
 
-@njit
-def _fade(tail, blocks, num_slots, head, geometry, decay, oldest_new):
-    """Decay votes; slots from position ``oldest_new`` on get the mean of the others."""
-    block_size, words = geometry[1], geometry[3]
-    as_float = tail.view(np.float32)
-    total, others = np.float32(0), np.int64(0)
-    for first in range(0, num_slots, block_size):
-        count = min(block_size, num_slots - first)
-        at = tail_of(blocks, first, head, geometry) + (words - 1) * block_size
-        votes = as_float[at : at + count]
-        position = tail[at + block_size : at + block_size + count]
-        for i in range(count):
-            old = position[i] < oldest_new
-            votes[i] *= decay
-            total += votes[i] if old else np.float32(0)
-            others += old
-    mean = total / np.float32(others) if others else np.float32(0)
-    for first in range(0, num_slots, block_size):
-        count = min(block_size, num_slots - first)
-        at = tail_of(blocks, first, head, geometry) + (words - 1) * block_size
-        votes = as_float[at : at + count]
-        position = tail[at + block_size : at + block_size + count]
-        for i in range(count):
-            votes[i] = votes[i] if position[i] < oldest_new else mean
+@njit(fastmath={"contract", "reassoc", "nsz"})
+def _sum_old(votes, position, oldest_new):
+    """Sum and number of the votes [n] of slots before position ``oldest_new``."""
+    total, others = np.float32(0), np.int32(0)
+    for i in range(len(votes)):
+        old = position[i] < oldest_new
+        total += votes[i] if old else np.float32(0)
+        others += np.int32(old)
+    return total, others
+
+
+@njit(fastmath={"contract"})
+def _fade_and_add(votes, position, oldest_new, decay, mean, new_votes):
+    """Decay votes [n], or set those of new slots to ``mean``, and add the new ones."""
+    for i in range(len(votes)):
+        kept = votes[i] * decay if position[i] < oldest_new else mean
+        votes[i] = kept + new_votes[i]
 
 
 @njit
@@ -146,32 +136,54 @@ def cast_votes(
     block_size, words = geometry[1], geometry[3]
     hashed = words - 2
     group = q.shape[1] // geometry[0]
+    dim, bits = geometry[2], geometry[8]
     as_float = tail.view(np.float32)
-    x, dots = np.empty(geometry[2], np.float32), np.empty(geometry[8], np.float32)
-    logits, weights = np.empty(num_slots, np.float32), np.empty(num_slots, np.float32)
-    votes = np.zeros(num_slots, np.float32)
-    for g in range(group):
-        load(q[row, head * group + g], geometry[7], x)
-        project_row(x, projection, dots)
-        top = np.float32(-np.inf)
+    x, projected = np.empty(group * dim, np.float32), np.empty(group * bits, np.float32)
+    tables = np.empty(hashed * 4096, np.float32)
+    sums = np.empty(4 * block_size, np.float32)
+    logits, tops = np.empty((4, num_slots), np.float32), np.empty(4, np.float32)
+    weights, votes = np.empty(num_slots, np.float32), np.zeros(num_slots, np.float32)
+    load_queries(q, row, head, geometry, x)
+    project_rows(x, projection, projected, group)
+    for first_query in range(0, group, 4):
+        four = min(4, group - first_query)
+        _fill_tables(projected, bits, group, first_query, tables)
+        tops[:] = np.float32(-np.inf)
         for first in range(0, num_slots, block_size):
             end = min(first + block_size, num_slots)
             base = tail_of(blocks, first, head, geometry)
+            here = sums[: 4 * (end - first)]
+            here[:] = np.float32(0)
+            for w in range(hashed):
+                at = base + w * block_size
+                signatures = tail[at : at + end - first]
+                add_rows(signatures, tables[w * 4096 : w * 4096 + 4096], here)
             at = base + hashed * block_size
-            signatures = tail[base:at]
             norms = as_float[at : at + end - first]
-            here = _logits(signatures, norms, dots, strengths[0], logits[first:end])
-            top = max(top, here)
-        _softmax_into(logits, top, weights, votes)
+            for g in range(four):
+                top = _logits_of(here, g, norms, strengths[0], logits[g, first:end])
+                tops[g] = max(tops[g], top)
+        for g in range(four):
+            _softmax_into(logits[g], tops[g], weights, votes)
+    # In a segment every slot is older than this, and nothing fades.
+    oldest_new, decay, mean = np.int32(2**31 - 1), np.float32(1), np.float32(0)
     if t >= 0:
-        new = t - rule[5]
-        _fade(tail, blocks, num_slots, head, geometry, strengths[1], new)
+        oldest_new, decay = np.int32(t - rule[5]), strengths[1]
+        total, others = np.float32(0), 0
+        for first in range(0, num_slots, block_size):
+            count = min(block_size, num_slots - first)
+            at = tail_of(blocks, first, head, geometry) + (hashed + 1) * block_size
+            position = tail[at + block_size : at + block_size + count]
+            here, old = _sum_old(as_float[at : at + count], position, oldest_new)
+            total += here
+            others += old
+        mean = decay * total / np.float32(others) if others else np.float32(0)
     for first in range(0, num_slots, block_size):
-        end = min(first + block_size, num_slots)
+        count = min(block_size, num_slots - first)
         at = tail_of(blocks, first, head, geometry) + (hashed + 1) * block_size
-        kept, new_votes = as_float[at : at + end - first], votes[first:end]
-        for i in range(end - first):
-            kept[i] += new_votes[i]
+        position = tail[at + block_size : at + block_size + count]
+        kept, new_votes = as_float[at : at + count], votes[first : first + count]
+        _fade_and_add(kept, position, oldest_new, decay, mean, new_votes)
 
 
 @njit

@@ -1,0 +1,100 @@
+"""What ``serve`` asks of a server, and the model with a long context."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A load, equal for all servers that are compared.
+
+    Attributes:
+        model: ``default`` (SmolLM2-135M) or ``random`` (a Llama with long context).
+        prompt: Tokens of every prompt.
+        output: Tokens of every answer; none ends early.
+        requests: Number of requests.
+        in_flight: Requests at a time.
+        pool_tokens: Tokens that stock vLLM's pool holds; ours has as many bytes.
+        budget: ``--kv-budget`` of ours.
+
+    """
+
+    model: str
+    prompt: int
+    output: int
+    requests: int
+    in_flight: int
+    pool_tokens: int
+    budget: int
+
+    @property
+    def max_model_len(self) -> int:
+        """Room for the chat template's and the tokenizer's own tokens, too."""
+        return -(-(self.prompt + self.output + 64) // 128) * 128
+
+
+SCENARIOS = {
+    # Nothing is evicted: what it costs to have the plugin on.
+    "ample": Scenario("default", 256, 512, 32, 8, 32768, 1024),
+    # Stock vLLM runs four of them at a time, and preempts.
+    "tight": Scenario("default", 256, 1792, 24, 24, 4 * 2048, 256),
+    "long": Scenario("random", 256, 9216, 1, 1, 16384, 1024),
+}
+"""By name; see ``scripts/bench serve --help``."""
+
+LONG_CONTEXT = 131072
+
+
+def model_directory(name: str) -> Path:
+    """Directory of a scenario's model, or the path that is given instead."""
+    from hashevict_vllm.models import fetch_default_model
+
+    if name == "default":
+        return fetch_default_model()
+    return _random_llama() if name == "random" else Path(name)
+
+
+def _random_llama() -> Path:
+    """A random Llama of 8 layers, 8 query and 2 KV heads, made once."""
+    from hashevict_vllm.downloads import cache_dir
+    from hashevict_vllm.models import fetch_default_model
+
+    target = cache_dir() / "random-llama"
+    if (target / "config.json").is_file():
+        return target
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(fetch_default_model())
+    config = LlamaConfig(
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=1024,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=LONG_CONTEXT,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    partial = target.with_name(".random-llama")
+    shutil.rmtree(partial, ignore_errors=True)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
+    return target
+
+
+def kv_bytes_per_token(model: Path) -> int:
+    """Bytes of K and V of one token in all layers, in bfloat16."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    heads = config.num_key_value_heads
+    return int(config.num_hidden_layers * 2 * heads * head_dim * 2)

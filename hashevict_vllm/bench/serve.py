@@ -1,0 +1,181 @@
+"""``serve``: a real ``vllm serve`` under ``vllm bench serve``, against stock.
+
+Servers take turns, one at a time, as two on the same cores wait for each other's
+spinning threads. Scenarios: ample (budget of at least the length), tight (a pool that
+stock overflows), long (inter-token latency as the answer grows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from hashevict_vllm.bench import server, timing
+from hashevict_vllm.bench.results import Results, show_progress
+from hashevict_vllm.bench.scenarios import (
+    SCENARIOS,
+    Scenario,
+    kv_bytes_per_token,
+    model_directory,
+)
+
+METRICS = {
+    "throughput": "output_throughput",
+    "ttft_ms": "median_ttft_ms",
+    "itl_p50_ms": "median_itl_ms",
+    "itl_p95_ms": "p95_itl_ms",
+    "itl_p99_ms": "p99_itl_ms",
+}
+"""Ours: the client's."""
+
+WINDOW = 128
+"""Tokens over which the latency at a length is averaged, to either side."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's options."""
+    add = parser.add_argument
+    add("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
+    add("--policies", nargs="+", default=["hashevict"], help="compared with stock")
+    add("--rounds", type=int, default=3, help="starts of every server")
+    add("--model", help="directory of another model, for all scenarios")
+    add("--budget", type=int, help="another budget")
+    add("--output-tokens", type=int, help="other answers, for a quick run")
+    add("--eager", action="store_true", help="servers with --enforce-eager")
+    add(
+        "--policy-config", default="", metavar="JSON", help="--kv-policy-config of ours"
+    )
+
+
+def run(options: argparse.Namespace, results: Results) -> None:
+    """Run the scenarios, servers in turn; every run is a row, then the ratios."""
+    names = ["stock", *options.policies]
+    for name in options.scenarios:
+        scenario = SCENARIOS[name]
+        if options.budget:
+            scenario = replace(scenario, budget=options.budget)
+        if options.output_tokens:
+            scenario = replace(scenario, output=options.output_tokens)
+        scenario = replace(scenario, model=options.model or scenario.model)
+        runs = [(turn, policy) for turn in range(options.rounds) for policy in names]
+        rows: dict[str, list[dict[str, Any]]] = {policy: [] for policy in names}
+        for turn, policy in show_progress(runs, f"serve {name}"):
+            row = measure(scenario, policy, options, results, f"{name}-{policy}-{turn}")
+            rows[policy].append(row)
+            results.add({"scenario": name, "policy": policy, "round": turn, **row})
+            results.say(
+                f"{name}, {policy}: {row['throughput']:.1f} tokens/s, ITL p50 "
+                f"{row['itl_p50_ms']:.1f} p95 {row['itl_p95_ms']:.1f} ms, TTFT "
+                f"{row['ttft_ms']:.0f} ms, {row['preemptions']:.0f} preemptions, "
+                f"at most {row['peak_num_requests_running']:.0f} requests at once"
+            )
+        for policy in options.policies:
+            compared = compare(rows["stock"], rows[policy])
+            results.note(f"{name}: {policy} / stock", compared)
+            results.say(
+                f"{name}, {policy} / stock: "
+                + ", ".join(
+                    f"{metric} {timing.show(spread)}"
+                    for metric, spread in compared.items()
+                )
+            )
+
+
+def plot(results: Results) -> None:
+    """Latency against tokens generated, one line per server."""
+    for name in sorted({row["scenario"] for row in results.rows}):
+        here = [row for row in results.rows if row["scenario"] == name]
+        lines: dict[str, list[tuple[float, dict[str, float]]]] = {}
+        for policy in dict.fromkeys(row["policy"] for row in here):
+            runs = [row["itl_by_length"] for row in here if row["policy"] == policy]
+            lines[policy] = [
+                (int(at), timing.Spread.of([run[at] for run in runs]).as_dict())
+                for at in runs[0]
+                if all(at in run for run in runs)
+            ]
+        results.plot(
+            f"serve-{name}",
+            lines,
+            xlabel="tokens generated",
+            ylabel="inter-token latency (ms)",
+        )
+
+
+def measure(
+    scenario: Scenario,
+    policy: str,
+    options: argparse.Namespace,
+    results: Results,
+    label: str,
+) -> dict[str, Any]:
+    """One server's start, one load.
+
+    Returns:
+        The client's figures (`METRICS`), the server's (preemptions, peaks) and
+        ``itl_by_length``: mean latency in ms around a number of generated tokens.
+
+    """
+    model = model_directory(scenario.model)
+    pool = (scenario.pool_tokens + 128) * kv_bytes_per_token(model)  # a null block
+    flags = ["--dtype", "bfloat16", "--max-model-len", str(scenario.max_model_len)]
+    flags += ["--max-num-seqs", str(scenario.in_flight)]
+    flags += ["--kv-cache-memory-bytes", str(pool)]
+    flags += ["--enforce-eager"] if options.eager else []
+    if policy != "stock":
+        flags += ["--kv-policy", policy, "--kv-budget", str(scenario.budget)]
+        if options.policy_config:
+            flags += ["--kv-policy-config", options.policy_config]
+    log = results.directory / f"{label}.log"
+    with server.serve(model, flags, log) as running:
+        # The first requests compile, page in and allocate.
+        server.run_client(
+            running, model, 32, 16, 2, 2, results.directory / f"{label}-warm.json"
+        )
+        with running.watched() as watched:
+            found = server.run_client(
+                running,
+                model,
+                scenario.prompt,
+                scenario.output,
+                scenario.requests,
+                scenario.in_flight,
+                results.directory / f"{label}.client.json",
+            )
+    return {
+        **{ours: found[theirs] for ours, theirs in METRICS.items()},
+        **watched,
+        "itl_by_length": itl_by_length(found["itls"]),
+    }
+
+
+def itl_by_length(itls: list[list[float]]) -> dict[int, float]:
+    """Mean latency in ms around 256, 512, 1024, .. generated tokens.
+
+    Args:
+        itls: Seconds between tokens, for every request.
+
+    """
+    longest = max((len(request) for request in itls), default=0)
+    found, at = {}, 256
+    while at + WINDOW <= longest:
+        near = [x for request in itls for x in request[at - WINDOW : at + WINDOW]]
+        found[at] = 1e3 * statistics.fmean(near)
+        at *= 2
+    if longest > 4 * WINDOW:
+        last = [x for request in itls for x in request[longest - 2 * WINDOW :]]
+        found[longest - WINDOW] = 1e3 * statistics.fmean(last)
+    return found
+
+
+def compare(
+    stock: list[dict[str, Any]], ours: list[dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Ratios ours / stock of `METRICS`, of runs in the same round."""
+    return {
+        metric: timing.ratio(
+            [run[metric] for run in ours], [run[metric] for run in stock]
+        ).as_dict()
+        for metric in METRICS
+    }
