@@ -30,6 +30,9 @@ METRICS = {
 }
 """Ours: the client's."""
 
+BLOCK_SIZE = 128
+"""Tokens of a KV block: vLLM's default on CPUs."""
+
 WINDOW = 128
 """Tokens over which the latency at a length is averaged, to either side."""
 
@@ -118,8 +121,10 @@ def measure(
 
     """
     model = model_directory(scenario.model)
-    pool = (scenario.pool_tokens + 128) * kv_bytes_per_token(model)  # a null block
+    # One block is vLLM's null block.
+    pool = (scenario.pool_tokens + BLOCK_SIZE) * kv_bytes_per_token(model)
     flags = ["--dtype", "bfloat16", "--max-model-len", str(scenario.max_model_len)]
+    flags += ["--block-size", str(BLOCK_SIZE)]
     flags += ["--max-num-seqs", str(scenario.in_flight)]
     flags += ["--kv-cache-memory-bytes", str(pool)]
     flags += ["--enforce-eager"] if options.eager else []
@@ -129,6 +134,11 @@ def measure(
             flags += ["--kv-policy-config", options.policy_config]
     log = results.directory / f"{label}.log"
     with server.serve(model, flags, log) as running:
+        blocks = running.pool_blocks()
+        if (blocks - 1) * BLOCK_SIZE > scenario.pool_tokens:
+            raise RuntimeError(
+                f"a pool of {blocks} blocks is not the scenario's; see {log}"
+            )
         # The first requests compile, page in and allocate.
         server.run_client(
             running, model, 32, 16, 2, 2, results.directory / f"{label}-warm.json"
@@ -146,6 +156,7 @@ def measure(
     return {
         **{ours: found[theirs] for ours, theirs in METRICS.items()},
         **watched,
+        "pool_blocks": blocks,
         "itl_by_length": itl_by_length(found["itls"]),
     }
 

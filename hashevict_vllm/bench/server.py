@@ -21,6 +21,15 @@ START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 30
 POLL_S = 0.5
 
+NOT_FOR_SERVERS = (
+    # Set for this process alone.
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    # Beats --kv-cache-memory-bytes (vllm/platforms/cpu.py), which scenarios set.
+    "VLLM_CPU_KVCACHE_SPACE",
+)
+"""Environment variables that a server does not inherit."""
+
 
 def vllm_command() -> str:
     """The ``vllm`` script of this environment."""
@@ -39,6 +48,19 @@ class Server:
             text = answer.read().decode()
         found = re.findall(r"^vllm:(\w+){[^}]*} (\S+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in found}
+
+    def pool_blocks(self) -> int:
+        """Blocks of the KV pool, vLLM's null block included.
+
+        Raises:
+            RuntimeError: If vLLM does not say.
+
+        """
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            found = re.search(r'num_gpu_blocks="(\d+)"', answer.read().decode())
+        if not found:
+            raise RuntimeError("no number of blocks in vLLM's cache_config_info")
+        return int(found[1])
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[dict[str, float]]:
@@ -85,9 +107,9 @@ def serve(model: Path, flags: Sequence[str], log: Path) -> Iterator[Server]:
         port = probe.getsockname()[1]
     command = [vllm_command(), "serve", str(model), *flags]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    # What this process set for itself is not for servers.
-    quiet = ("VLLM_LOGGING_LEVEL", "VLLM_ENABLE_V1_MULTIPROCESSING")
-    env = {key: value for key, value in os.environ.items() if key not in quiet}
+    env = {
+        key: value for key, value in os.environ.items() if key not in NOT_FOR_SERVERS
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
