@@ -75,23 +75,38 @@ class Vote(EvictionRule):
     ) -> None:
         """Votes grow by the estimated attention, the largest of the query group.
 
-        The logit is ``scale`` |k| c sum_j (q . r_j) sign(k . r_j) of the centred key k
-        and the query as it is; softmax over the slots. In decode votes fade first, and
-        slots that came since the last ballot start from the mean of the others.
+        Softmax of ``scale`` times `dot_products` over the slots. In decode votes fade
+        first, and slots that came since the last ballot start from the mean of the
+        others.
         """
-        k = self.centred_keys(slots)
-        signs = signature_bits(k, projection).float() * 2 - 1
-        c = estimate_scale(
-            self.policy.hash_bits, q.shape[-1], orthogonal=self.policy.orthogonal
-        )
-        logits = (q @ projection) @ signs.transpose(1, 2) * c * scale
-        attention = (logits * k.norm(dim=-1)[:, None]).softmax(-1).amax(1)
+        logits = self.dot_products(q, self.centred_keys(slots), projection) * scale
         if t is not None:
             slots.votes.mul_(self.policy.decay)
             new = slots.position >= t - self.policy.vote_every
             for votes, fresh in zip(slots.votes, new, strict=True):
                 votes[fresh] = votes[~fresh].mean() if not fresh.all() else 0.0
-        slots.votes.add_(attention)
+        slots.votes.add_(logits.softmax(-1).amax(1))
+
+    def dot_products(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """Estimates |k| c sum_j (q . r_j) sign(k . r_j), see `estimate_scale`.
+
+        Args:
+            q: float32 [Hkv, G, D], as it is.
+            k: float32 [Hkv, n, D], centred.
+            projection: float32 [D, b].
+
+        Returns:
+            float32 [Hkv, G, n].
+
+        """
+        signs = signature_bits(k, projection).float() * 2 - 1
+        c = estimate_scale(
+            self.policy.hash_bits, q.shape[-1], orthogonal=self.policy.orthogonal
+        )
+        estimates = (q @ projection) @ signs.transpose(1, 2) * c
+        return estimates * k.norm(dim=-1)[:, None]
 
     def score(
         self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int

@@ -16,65 +16,38 @@ from hashevict_vllm.policies.base import LiveSlots
 from hashevict_vllm.policies.vote import Vote
 
 
-class OracleVote(Vote):
-    """`Vote` with another estimate of the logits."""
-
-    def logits(
-        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
-    ) -> torch.Tensor:
-        """Dot products [H, G, n] of q [H, G, D] and centred keys [H, n, D]."""
-        raise NotImplementedError
-
-    def vote(
-        self,
-        q: torch.Tensor,
-        slots: LiveSlots,
-        projection: torch.Tensor,
-        scale: float,
-        t: int | None,
-    ) -> None:
-        """As `Vote.vote`, which does not let the estimate be replaced."""
-        logits = self.logits(q, self.centred_keys(slots), projection) * scale
-        if t is not None:
-            slots.votes.mul_(self.policy.decay)
-            new = slots.position >= t - self.policy.vote_every
-            for votes, fresh in zip(slots.votes, new, strict=True):
-                votes[fresh] = votes[~fresh].mean() if not fresh.all() else 0.0
-        slots.votes.add_(logits.softmax(-1).amax(1))
-
-
-class ExactVote(OracleVote):
+class ExactVote(Vote):
     """The exact logit, which is the exact cosine times both norms."""
 
-    def logits(
+    def dot_products(
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
     ) -> torch.Tensor:
-        """See `OracleVote.logits`."""
+        """See `Vote.dot_products`."""
         return q @ k.transpose(1, 2)
 
 
-class CosineVote(OracleVote):
+class CosineVote(Vote):
     """The exact cosine; every key counts with the mean norm: what key norms are worth.
 
     Cosine times norms would be `ExactVote`.
     """
 
-    def logits(
+    def dot_products(
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
     ) -> torch.Tensor:
-        """See `OracleVote.logits`."""
+        """See `Vote.dot_products`."""
         norm = k.norm(dim=-1, keepdim=True)
         unit = k / norm.clamp_min(1e-12)
         return q @ unit.transpose(1, 2) * norm.mean(1, keepdim=True)
 
 
-class HammingVote(OracleVote):
+class HammingVote(Vote):
     """Signatures of both sides: |q| |k| cos(pi h / b), h their Hamming distance."""
 
-    def logits(
+    def dot_products(
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
     ) -> torch.Tensor:
-        """See `OracleVote.logits`."""
+        """See `Vote.dot_products`."""
         ours, theirs = (signature_bits(x, projection).float() * 2 - 1 for x in (q, k))
         agree = ours @ theirs.transpose(1, 2) / projection.shape[1]
         cosine = torch.cos(math.pi * (1 - agree) / 2)
