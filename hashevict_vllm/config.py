@@ -424,6 +424,11 @@ class ResolvedKVPolicy:
         """Whether segments are judged by votes instead of a replay."""
         return self.scoring == "vote"
 
+    @property
+    def first_ballot(self) -> int:
+        """Position from which on decoding tokens may vote."""
+        return max(self.sinks, 1, self.budget - VOTE_HORIZON)
+
     def voters(self, start: int, stop: int, prompt_len: int) -> range:
         """Positions in [start, stop) whose queries vote; a matter of positions alone.
 
@@ -441,9 +446,8 @@ class ResolvedKVPolicy:
         """
         if not self.votes:
             return range(0)
-        first = max(start, self.sinks, 1)
         if start >= prompt_len or self.segment == 1:
-            first = max(first, self.budget - VOTE_HORIZON)
+            first = max(start, self.first_ballot)
             return range(
                 -(-first // self.vote_every) * self.vote_every, stop, self.vote_every
             )
@@ -451,7 +455,7 @@ class ResolvedKVPolicy:
         end = min(begin + self.segment, prompt_len)
         if end <= self.budget - (VOTE_HORIZON if end == prompt_len else 0):
             return range(0)
-        return range(max(first, begin, end - self.window), stop)
+        return range(max(start, begin, end - self.window, self.sinks, 1), stop)
 
 
 def kv_policy(name: str = "hashevict", **options: Any) -> dict[str, dict[str, Any]]:

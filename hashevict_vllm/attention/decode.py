@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hashevict_vllm.config import VOTE_HORIZON, ResolvedKVPolicy
+from hashevict_vllm.config import ResolvedKVPolicy
 
 
 def decode_arrays(
@@ -32,8 +32,9 @@ def decode_arrays(
     evict = positions >= policy.budget
     voters = np.zeros(len(positions), bool)
     if policy.votes:
-        first = max(policy.sinks, 1, policy.budget - VOTE_HORIZON)
-        voters = (positions >= first) & (positions % policy.vote_every == 0)
+        voters = (positions >= policy.first_ballot) & (
+            positions % policy.vote_every == 0
+        )
     # A token that is appended votes after its attention, as those of a prompt do.
     (late,) = np.nonzero(voters & ~evict)
     replay = np.zeros((len(late), 8), np.int32)
