@@ -6,15 +6,14 @@ over the live slots and whose own cache-update op tells where elements of a page
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionLayer
 
 from hashevict_vllm.attention.metadata import BudgetedMetadata, Round
+from hashevict_vllm.attention.unshared import UnsharedCacheMixin
 from hashevict_vllm.cache.page import LayerPages
-from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
+from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.policies import make_rule
 
@@ -25,26 +24,12 @@ def _raw(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().view(bits).numpy().view(f"u{x.element_size()}")
 
 
-class BudgetedImplMixin:
+class BudgetedImplMixin(UnsharedCacheMixin):
     """Mixed into the inner implementation; `policy` is set on the subclass."""
 
     policy: ResolvedKVPolicy
     _pages: LayerPages | None = None
     _pages_key: tuple[int, int] | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As the inner implementation.
-
-        Raises:
-            KVPolicyError: For a layer that reads another layer's KV cache.
-
-        """
-        super().__init__(*args, **kwargs)
-        if getattr(self, "kv_sharing_target_layer_name", None) is not None:
-            raise KVPolicyError(
-                "--kv-policy: a layer of this model shares the KV cache of another "
-                "(cross-layer KV sharing), which would need that layer's evictions."
-            )
 
     def forward(
         self,

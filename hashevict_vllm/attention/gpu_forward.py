@@ -6,39 +6,24 @@ over the live slots. Kernels take strides, so it does not matter which backend i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from vllm.v1.attention.backend import AttentionLayer
 
 from hashevict_vllm.attention.gpu_metadata import DeviceMetadata, DeviceRound
-from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
+from hashevict_vllm.attention.unshared import UnsharedCacheMixin
+from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.policies import make_rule
 
 
-class DeviceImplMixin:
+class DeviceImplMixin(UnsharedCacheMixin):
     """Mixed into the inner implementation; `policy` is set on the subclass."""
 
     policy: ResolvedKVPolicy
     kv_cache_dtype: str
     _pages: DevicePages | None = None
     _pages_key: tuple[int, int] | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As the inner implementation.
-
-        Raises:
-            KVPolicyError: For a layer that reads another layer's KV cache.
-
-        """
-        super().__init__(*args, **kwargs)
-        if getattr(self, "kv_sharing_target_layer_name", None) is not None:
-            raise KVPolicyError(
-                "--kv-policy: a layer of this model shares the KV cache of another "
-                "(cross-layer KV sharing), which would need that layer's evictions."
-            )
 
     def forward(
         self,
