@@ -1,10 +1,11 @@
 """HashEvict with memory: attention estimated from signatures, cast as votes.
 
 The paper's one-step rule forgets what earlier queries needed. Here queries vote on the
-slots that they would attend to, estimated before attention from signatures and key
-norms alone; H2O (arXiv 2306.14048) accumulates true scores so. A prompt segment is
-judged at its end by its last queries, as SnapKV (arXiv 2404.14469) judges by true
-scores, but what follows an attended slot is kept rather than what surrounds it.
+slots that they would attend to, estimated before attention from signatures and a few
+numbers of every key (`hashevict_vllm.policies.frame`); H2O (arXiv 2306.14048)
+accumulates true scores so. A prompt segment is judged at its end by its last queries,
+as SnapKV (arXiv 2404.14469) judges by true scores, but what follows an attended slot is
+kept rather than what surrounds it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
+from hashevict_vllm.policies.frame import KeyFrame
 
 SMOOTH = 2
 """Votes are averaged over this many positions to either side before they are pooled."""
@@ -44,26 +46,12 @@ class Vote(EvictionRule):
     def __init__(self, policy: ResolvedKVPolicy) -> None:
         super().__init__(policy)
         self.projected_bits = policy.hash_bits
-        self.words = num_words(policy.hash_bits) + 2  # norm of the key, votes
+        self.words = num_words(policy.hash_bits) + 2  # see `Described.words`; votes
 
     @property
     def kernel_code(self) -> int:
         """See `EvictionRule.kernel_code`."""
         return codes.VOTE
-
-    def centred_keys(self, slots: LiveSlots) -> torch.Tensor:
-        """Keys less their centre: the mean key of the sinks but the first token.
-
-        Most of a key is what all keys of its head share, which shifts all logits of a
-        query alike; signs say more of the rest. The sinks are never evicted, so that
-        this mean never changes and signatures do not go stale.
-
-        Returns:
-            float32 [Hkv, n, D]. At least ``sinks`` tokens must have arrived.
-
-        """
-        sinks = slots.k[:, 1 : self.policy.sinks]
-        return slots.k - sinks.mean(1, keepdim=True) if sinks.shape[1] else slots.k
 
     def vote(
         self,
@@ -79,7 +67,7 @@ class Vote(EvictionRule):
         first, and slots that came since the last ballot start from the mean of the
         others.
         """
-        logits = self.dot_products(q, self.centred_keys(slots), projection) * scale
+        logits = self.dot_products(q, slots.k, projection) * scale
         if t is not None:
             slots.votes.mul_(self.policy.decay)
             new = slots.position >= t - self.policy.vote_every
@@ -90,23 +78,30 @@ class Vote(EvictionRule):
     def dot_products(
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
     ) -> torch.Tensor:
-        """Estimates |k| c sum_j (q . r_j) sign(k . r_j), see `estimate_scale`.
+        """Estimates of q . k, up to a number that all keys of a query share.
+
+        Along the frame's axes from coordinates; of the rest r of a key,
+        |r| c sum_j (q . r_j) sign(r . r_j), see `estimate_scale`.
 
         Args:
-            q: float32 [Hkv, G, D], as it is.
-            k: float32 [Hkv, n, D], centred.
+            q: float32 [Hkv, G, D].
+            k: float32 [Hkv, n, D], the sinks first, all of which must have arrived.
             projection: float32 [D, b].
 
         Returns:
             float32 [Hkv, G, n].
 
         """
-        signs = signature_bits(k, projection).float() * 2 - 1
+        frame = KeyFrame.of(k, self.policy.sinks)
+        described, (along, rest) = frame.describe(k), frame.split(q)
+        signs = signature_bits(described.rest, projection).float() * 2 - 1
         c = estimate_scale(
             self.policy.hash_bits, q.shape[-1], orthogonal=self.policy.orthogonal
         )
-        estimates = (q @ projection) @ signs.transpose(1, 2) * c
-        return estimates * k.norm(dim=-1)[:, None]
+        hashed = (rest @ projection) @ signs.transpose(1, 2) * c
+        return (
+            along @ described.along.transpose(1, 2) + hashed * described.length[:, None]
+        )
 
     def score(
         self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int

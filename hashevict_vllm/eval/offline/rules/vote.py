@@ -13,6 +13,7 @@ from hashevict_vllm.eval.offline.rules.policy import PolicyRule, live_slots
 from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
+from hashevict_vllm.policies.frame import KeyFrame
 from hashevict_vllm.policies.vote import Vote
 
 
@@ -36,23 +37,30 @@ class CosineVote(Vote):
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
     ) -> torch.Tensor:
         """See `Vote.dot_products`."""
+        k = k - KeyFrame.of(k, self.policy.sinks).centre[:, None].float()
         norm = k.norm(dim=-1, keepdim=True)
         unit = k / norm.clamp_min(1e-12)
         return q @ unit.transpose(1, 2) * norm.mean(1, keepdim=True)
 
 
 class HammingVote(Vote):
-    """Signatures of both sides: |q| |k| cos(pi h / b), h their Hamming distance."""
+    """Of the rests, signatures of both sides: |q| |k| cos(pi h / b).
+
+    h is their Hamming distance; what lies along the frame's axes is kept.
+    """
 
     def dot_products(
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
     ) -> torch.Tensor:
         """See `Vote.dot_products`."""
-        ours, theirs = (signature_bits(x, projection).float() * 2 - 1 for x in (q, k))
+        frame = KeyFrame.of(k, self.policy.sinks)
+        described, (along, rest) = frame.describe(k), frame.split(q)
+        pair = (rest, described.rest)
+        ours, theirs = (signature_bits(x, projection).float() * 2 - 1 for x in pair)
         agree = ours @ theirs.transpose(1, 2) / projection.shape[1]
         cosine = torch.cos(math.pi * (1 - agree) / 2)
-        norms = q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, None]
-        return cosine * norms
+        norms = rest.norm(dim=-1)[..., None] * described.length[:, None]
+        return along @ described.along.transpose(1, 2) + cosine * norms
 
 
 class VoteRule(PolicyRule):
