@@ -15,6 +15,7 @@ from support.paged import POISON, PagedLayer
 from hashevict_vllm.kernels import cpu_hash
 from hashevict_vllm.kernels.projection import make_projection, num_words
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
+from hashevict_vllm.policies.frame import KeyFrame
 from hashevict_vllm.policies.reference import ReferenceLayer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,8 +61,10 @@ def run(
         position, words, k_live, v_live = paged.live(i)
         assert torch.equal(position.long(), oracle.slots.position)
         if resolved.votes and len(oracle.slots) >= resolved.sinks:
-            centred = oracle.rule.centred_keys(oracle.slots)
-            oracle.slots.bits = signature_bits(centred, oracle.projection)
+            frame = KeyFrame.of(oracle.slots.k, resolved.sinks)
+            described = frame.describe(oracle.slots.k)
+            oracle.slots.bits = signature_bits(described.rest, oracle.projection)
+            assert torch.equal(words[..., -2], described.words)
         if not resolved.votes or len(oracle.slots) >= resolved.sinks:
             packed = pack_bits(oracle.slots.bits)
             assert torch.equal(words[..., : packed.shape[-1]], packed)

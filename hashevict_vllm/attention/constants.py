@@ -33,14 +33,14 @@ def rule_array(policy: ResolvedKVPolicy) -> np.ndarray:
 
 
 def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.ndarray:
-    """What votes are weighed with: factor of an estimated logit, decay.
+    """What votes are weighed with: factor of what is hashed of a logit, decay, scale.
 
     Returns:
-        float32 [2].
+        float32 [3].
 
     """
     factor = estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
-    return np.array([scale * factor, policy.decay], np.float32)
+    return np.array([scale * factor, policy.decay, scale], np.float32)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class KernelConstants:
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
         rule: int64 [6], see `rule_array`.
-        strengths: float32 [2], see `vote_strengths`.
+        strengths: float32 [3], see `vote_strengths`.
 
     """
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, RECENCY, VOTE
-from hashevict_vllm.kernels.cpu_centre import (
+from hashevict_vllm.kernels.cpu_frame import (
     adjacent_keys,
-    centre_of,
-    describe_centred,
+    describe_in,
     describe_sinks,
+    frame_of,
 )
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, merge_queries
@@ -93,16 +93,17 @@ def write_tokens(
     k_map, v_map = borrowed(k_map), borrowed(v_map)
     group = q.shape[1] // heads if rule[2] == HAMMING_TO_QUERY else 1
     x, y = np.empty(group * dim, np.float32), np.empty(dim, np.float32)
+    z = np.empty(dim, np.float32)
     dots = np.empty(group * geometry[8], np.float32)
     description = np.zeros((1, words), np.int32)
     queries = np.empty((group, words), np.int32)
     merged = np.zeros(merged_shape(group, words), np.int32)
     scratch = np.empty(block_size, np.int32)
-    centre, centred = np.zeros(dim, np.float32), np.int64(-1)
+    frame, framed = np.zeros(3 * dim, np.float64), np.int64(-1)
     lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
     key_dots = dots[: geometry[8]]
     for task in range(len(rows) * heads):
-        # Head by head: a prompt's tokens share one centre per head.
+        # Head by head: a prompt's tokens share one frame per head.
         head, n = task // len(rows), task % len(rows)
         row, blocks = rows[n], block_table[requests[n]]
         if task + 1 < len(rows) * heads:
@@ -118,12 +119,12 @@ def write_tokens(
                 )
         load(k[row, head], geometry[7], y)
         if rule[2] == VOTE and positions[n] >= rule[0]:
-            if centred != requests[n] * heads + head:
-                centred = requests[n] * heads + head
-                centre_of(
-                    elements, blocks, head, k_map, lanes, geometry, rule[0], x, centre
+            if framed != requests[n] * heads + head:
+                framed = requests[n] * heads + head
+                frame_of(
+                    elements, blocks, head, k_map, lanes, geometry, rule[0], z, frame
                 )
-            describe_centred(y, centre, projection, key_dots, description[0])
+            describe_in(y, frame, projection, key_dots, description[0])
         else:
             describe_key(y, projection, key_dots, rule, description[0])
         slot = np.int64(slots[n])
@@ -140,6 +141,7 @@ def write_tokens(
                     geometry,
                     rule,
                     strengths,
+                    frame,
                     positions[n],
                 )
             if rule[2] == HAMMING_TO_QUERY:
@@ -176,9 +178,7 @@ def write_tokens(
             meta[w * block_size + offset] = description[0, w]
         meta[words * block_size + offset] = positions[n]
         if rule[2] == VOTE and positions[n] == rule[0] - 1:
-            centre_of(
-                elements, blocks, head, k_map, lanes, geometry, rule[0], x, centre
-            )
+            frame_of(elements, blocks, head, k_map, lanes, geometry, rule[0], z, frame)
             describe_sinks(
                 elements,
                 tail,
@@ -191,9 +191,9 @@ def write_tokens(
                 y,
                 key_dots,
                 description[0],
-                centre,
+                frame,
             )
-            centred = requests[n] * heads + head
+            framed = requests[n] * heads + head
 
 
 @inlined
@@ -308,11 +308,17 @@ def replay_segments(
     elements, tail, q = borrowed(elements), borrowed(tail), borrowed(q)
     block_table, projection = borrowed(block_table), borrowed(projection)
     k_map, v_map = borrowed(k_map), borrowed(v_map)
+    x, frame = np.empty(geometry[2], np.float32), np.zeros(3 * geometry[2], np.float64)
+    lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
     for task in range(len(pieces) * heads):
         piece, head = pieces[task // heads], task % heads
         blocks = block_table[piece[0]]
         end = np.int64(piece[4]) + np.int64(piece[2])
         if rule[2] == VOTE:
+            if piece[6] < piece[2]:
+                frame_of(
+                    elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame
+                )
             for i in range(piece[6], piece[2], max(piece[7], 1)):
                 cast_votes(
                     tail,
@@ -325,6 +331,7 @@ def replay_segments(
                     geometry,
                     rule,
                     strengths,
+                    frame,
                     piece[1] + i if piece[7] else -1,
                 )
             if piece[5]:
@@ -361,7 +368,7 @@ def warm_up(dtype: np.dtype) -> None:
     x = np.zeros((1, 1, 1), dtype)
     none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
     geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
-    floats = np.zeros(2, np.float32)
+    floats = np.zeros(3, np.float32)
     common = (table, floats, table, table, geometry, rule, floats)
     no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 8), np.int32)
     write_tokens(

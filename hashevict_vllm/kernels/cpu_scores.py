@@ -38,7 +38,7 @@ def square_of(x):
 def describe_key(x, projection, dots, rule, words):
     """What a slot keeps of its key x [D] for later scores, into ``words`` [W].
 
-    Votes want a centred key: `hashevict_vllm.kernels.cpu_centre`.
+    Votes describe keys in a frame: `hashevict_vllm.kernels.cpu_frame`.
     """
     if rule[2] <= HAMMING_TO_QUERY:
         hash_row(x, projection, dots, words)

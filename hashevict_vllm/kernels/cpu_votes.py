@@ -1,7 +1,8 @@
 """Votes of queries on slots, and the selection at the end of a segment (numba).
 
-See `hashevict_vllm.policies.vote` for the rule. A slot's words are its signature, the
-norm of its centred key and its votes; the last two are float32.
+See `hashevict_vllm.policies.vote` for the rule. A slot's words are the signature of what
+is left of its key, three small numbers (`hashevict_vllm.policies.frame`) and its votes, a
+float32.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from hashevict_vllm.kernels.cpu_frame import split_queries
 from hashevict_vllm.kernels.cpu_hash import project_rows
 from hashevict_vllm.kernels.cpu_scores import load_queries
 from hashevict_vllm.kernels.cpu_slots import tail_of
@@ -50,6 +52,12 @@ def _exp(x):
     return p * _float_of_bits(np.int32((np.int32(n) + np.int32(127)) << 23))
 
 
+@inlined
+def _signed_byte(word):
+    """The low byte, from -128 to 127; a shift's result is wider than 32 bits here."""
+    return np.int32(((word & np.int32(255)) ^ np.int32(128)) - np.int32(128))
+
+
 @njit
 def _fill_tables(projected, b, group, first, tables):
     """What every byte of a signature adds to the logits of four queries.
@@ -77,15 +85,29 @@ def _fill_tables(projected, b, group, first, tables):
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"})
-def _logits_of(sums, query, norms, factor, logits):
-    """Logits factor |k| sum_j t_j s_j of one of four queries; their maximum.
+def _logits_of(sums, query, packed, factor, along, logits):
+    """Logits of one of four queries; their maximum.
 
-    ``sums`` float32 [n * 4], ``norms`` and ``logits`` float32 [n].
+    Args:
+        sums: float32 [n * 4], sum_j t_j s_j.
+        query: Which of the four.
+        packed: int32 [n], see `Described.words`.
+        factor: What length and sum are multiplied by.
+        along: float32 [2], the query's coordinates, scaled.
+        logits: float32 [n], written.
+
     """
     ordered = logits.view(np.int32)
+    first, second = along[0], along[1]
     top = np.int32(-(2**31))
     for i in range(len(logits)):
-        logits[i] = sums[4 * i + query] * (factor * norms[i])
+        word = packed[i]
+        step = _float_of_bits((word >> np.int32(1)) & np.int32(0x7F800000))
+        a = np.float32(_signed_byte(word))
+        b = np.float32(_signed_byte(word >> np.int32(8)))
+        length = np.float32((word >> np.int32(16)) & np.int32(255))
+        hashed = length * factor * sums[4 * i + query]
+        logits[i] = step * (hashed + a * first + b * second)
     for i in range(len(logits)):
         # A float's bits order as it does, once those of negative ones are turned round.
         bits = ordered[i]
@@ -126,12 +148,24 @@ def _fade_and_add(votes, position, oldest_new, decay, mean, new_votes):
 
 @njit
 def cast_votes(
-    tail, q, row, blocks, num_slots, head, projection, geometry, rule, strengths, t
+    tail,
+    q,
+    row,
+    blocks,
+    num_slots,
+    head,
+    projection,
+    geometry,
+    rule,
+    strengths,
+    frame,
+    t,
 ):
     """Let the G queries of a row vote on the first ``num_slots`` slots of a request.
 
-    ``strengths`` float32 [2]: factor of a logit, decay. ``t`` is the position of a
-    decoding token, whose ballot first fades earlier votes; negative in a segment.
+    ``strengths`` float32 [3]: what of a logit is hashed is multiplied by, decay, softmax
+    scale. ``frame`` float64 [3 D]. ``t`` is the position of a decoding token, whose
+    ballot first fades earlier votes; negative in a segment.
     """
     block_size, words = geometry[1], geometry[3]
     hashed = words - 2
@@ -143,7 +177,10 @@ def cast_votes(
     sums = np.empty(4 * block_size, np.float32)
     logits, tops = np.empty((4, num_slots), np.float32), np.empty(4, np.float32)
     weights, votes = np.empty(num_slots, np.float32), np.zeros(num_slots, np.float32)
+    along = np.empty(2 * group, np.float32)
     load_queries(q, row, head, geometry, x)
+    split_queries(x, frame, group, along)
+    along *= strengths[2]
     project_rows(x, projection, projected, group)
     for first_query in range(0, group, 4):
         four = min(4, group - first_query)
@@ -159,9 +196,12 @@ def cast_votes(
                 signatures = tail[at : at + end - first]
                 add_rows(signatures, tables[w * 4096 : w * 4096 + 4096], here)
             at = base + hashed * block_size
-            norms = as_float[at : at + end - first]
+            packed = tail[at : at + end - first]
             for g in range(four):
-                top = _logits_of(here, g, norms, strengths[0], logits[g, first:end])
+                coordinates = along[2 * (first_query + g) : 2 * (first_query + g) + 2]
+                top = _logits_of(
+                    here, g, packed, strengths[0], coordinates, logits[g, first:end]
+                )
                 tops[g] = max(tops[g], top)
         for g in range(four):
             _softmax_into(logits[g], tops[g], weights, votes)
