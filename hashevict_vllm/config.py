@@ -48,7 +48,7 @@ VOTE_HORIZON = 256
 """Steps before the cache is full from which on votes are kept."""
 
 VOTE_SINKS, SINKS = 16, 4
-"""Default sinks with votes, which centre keys by them, and without."""
+"""Default sinks with votes, which describe keys by them, and without."""
 
 HASHING_POLICIES = ("hashevict",)
 """Policies that keep signatures."""
@@ -165,8 +165,8 @@ class KVPolicyConfig:
         hash_source: What is compared with the stored key signatures: the current
             ``query`` (the paper) or the new ``key`` (the authors' released code).
         orthogonal: Orthogonalise the Gaussian projection.
-        sinks: Positions below this are never evicted; 16 with ``vote``, which centres
-            keys by them, else 4.
+        sinks: Positions below this are never evicted; 16 with ``vote``, which
+            describes keys by them, else 4.
         recent: The most recent tokens never evicted: tokens, or a share of the
             budget ("25%").
         segment: Prompt tokens held before the live set is reduced to the budget:
@@ -435,7 +435,7 @@ class ResolvedKVPolicy:
         The last ``window`` queries of a segment that will be reduced do, and those of
         the prompt, and in decode one of ``vote_every``; the latter two not while the
         cache is far from full, as votes fade before they count. Nobody votes before
-        the sinks are there, whose mean key centres the others.
+        the sinks are there, in whose frame keys are described.
 
         Args:
             start: First position.

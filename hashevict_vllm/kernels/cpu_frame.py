@@ -1,8 +1,9 @@
 """The frame in which the vote rule describes keys (numba).
 
-See `hashevict_vllm.policies.frame`: sinks are appended first and never evicted or moved,
-so slot i holds position i, and their keys can be read again from the page at every step.
-The worker keeps nothing per request. A frame is float64 [3 D]: the centre, two axes.
+See `hashevict_vllm.policies.frame`: sinks are appended first and never evicted or
+moved, so slot i holds position i, and their keys can be read again from the page at
+every step. The worker keeps nothing per request. A frame is float64 [3 D]: the centre
+and two axes.
 """
 
 from __future__ import annotations

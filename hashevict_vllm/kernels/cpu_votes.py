@@ -1,7 +1,7 @@
 """Votes of queries on slots, and the selection at the end of a segment (numba).
 
-See `hashevict_vllm.policies.vote` for the rule. A slot's words are the signature of what
-is left of its key, three small numbers (`hashevict_vllm.policies.frame`) and its votes, a
+See `hashevict_vllm.policies.vote` for the rule. A slot's words are the signature of the
+rest of its key, three small numbers (`hashevict_vllm.policies.frame`) and its votes, a
 float32.
 """
 
@@ -163,7 +163,7 @@ def cast_votes(
 ):
     """Let the G queries of a row vote on the first ``num_slots`` slots of a request.
 
-    ``strengths`` float32 [3]: what of a logit is hashed is multiplied by, decay, softmax
+    ``strengths`` float32 [3]: factor of the hashed part of a logit, decay, softmax
     scale. ``frame`` float64 [3 D]. ``t`` is the position of a decoding token, whose
     ballot first fades earlier votes; negative in a segment.
     """

@@ -47,7 +47,7 @@ class Described:
 
     @property
     def words(self) -> torch.Tensor:
-        """As a slot keeps it: int32 [Hkv, n], low byte first, then the step's exponent."""
+        """As a slot keeps them: int32 [Hkv, n]; the step's exponent is the top byte."""
         first, second, length = (self.numbers & 255).unbind(-1)
         exponent = self.step.view(torch.int32) >> 23 << 24
         return first | second << 8 | length << 16 | exponent
