@@ -151,7 +151,7 @@ def test_the_page_and_the_pool_are_sized_with_their_metadata(llama: Path) -> Non
     with engine(llama, {"budget": 256}) as llm:
         spec = manager_of(llm).kv_cache_spec
         kv = 2 * BLOCK * 2 * 32 * 4  # KV heads x slots x (K and V) x D x float32
-        words = 2 + 1 + 1 + 1  # signature, norm, votes, position
+        words = 2 + 1 + 1 + 1  # signature, numbers, votes, position
         tail = 2 * BLOCK * words * 4  # KV heads x slots x bytes
         assert spec.page_size_bytes == kv + tail
         for cache in runner_of(llm).kv_caches:
