@@ -74,16 +74,16 @@ CASES = (
 )
 
 SEEDS: dict[str, tuple[int, ...]] = {
-    "default": (0, 0, 0, 0),
-    "budget a multiple of the block": (0, 1, 0, 0),
-    "large blocks": (0, 0, 0, 0),
-    "segments": (0, 0, 0, 0),
-    "long segments": (0, 1, 0, 0),
-    "8 bits": (0, 0, 0, 0),
-    "128 bits": (0, 2, 0, 1),
-    "no sinks": (1, 0, 3, 0),
-    "every query votes": (0, 0, 1, 0),
-    "token by token": (2, 1),
+    "default": (0, 0, 2, 2),
+    "budget a multiple of the block": (0, 0, 1, 0),
+    "large blocks": (0, 0, 2, 2),
+    "segments": (0, 0, 2, 2),
+    "long segments": (0, 0, 4, 2),
+    "8 bits": (0, 0, 0, 3),
+    "128 bits": (0, 0, 1, 0),
+    "no sinks": (1, 1, 0, 5),
+    "every query votes": (0, 1, 6, 4),
+    "token by token": (1, 0),
     "paper": (0, 0, 0, 1),
     "reference": (0, 0, 0, 2),
     "instant": (0, 1, 3, 15),
@@ -91,8 +91,8 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "instant, prompt held": (1, 0, 10, 3),
     "instant, no protection": (0, 1, 2, 16),
     "instant, token by token": (1, 0),
-    "one query head": (0, 0, 0, 1),
-    "one query head, segments": (0, 0, 0, 1),
+    "one query head": (0, 0, 1, 1),
+    "one query head, segments": (0, 0, 3, 5),
     "one query head, reference": (0, 1, 1, 1),
 }
 """Seeds of prompts whose continuation rounding noise leaves alone, per length; from
