@@ -10,27 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, RECENCY, VOTE
-from hashevict_vllm.kernels.cpu_centre import (
-    adjacent_keys,
-    centre_of,
-    describe_centred,
-    describe_sinks,
-)
+from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, VOTE
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
-from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, merge_queries
-from hashevict_vllm.kernels.cpu_slots import (
-    borrowed,
-    elements_of,
-    load,
-    prefetch_rows,
-    tail_of,
-)
+from hashevict_vllm.kernels.cpu_scan import BEST_SIZE
+from hashevict_vllm.kernels.cpu_scores import find_victim, merge_queries
+from hashevict_vllm.kernels.cpu_slots import borrowed, elements_of, tail_of
 from hashevict_vllm.kernels.cpu_votes import cast_votes, mark_losers
+from hashevict_vllm.kernels.cpu_write import write_items
 from hashevict_vllm.kernels.jit import inlined, kernel
-
-PREFETCHED_SLOTS = 8192
-"""Slots that are asked for ahead of their scan; more would not stay in the cache."""
 
 
 @kernel
@@ -81,119 +68,28 @@ def write_tokens(
         strengths: float32, as `cast_votes`.
 
     """
-    heads, block_size, dim, words = geometry[0], geometry[1], geometry[2], geometry[3]
-    elements, tail, q, k, v = (
+    write_items(
         borrowed(elements),
         borrowed(tail),
         borrowed(q),
         borrowed(k),
         borrowed(v),
+        borrowed(rows),
+        borrowed(positions),
+        borrowed(slots),
+        borrowed(evict),
+        borrowed(voters),
+        borrowed(requests),
+        borrowed(block_table),
+        borrowed(projection),
+        borrowed(k_map),
+        borrowed(v_map),
+        borrowed(geometry),
+        borrowed(rule),
+        borrowed(strengths),
+        0,
+        len(rows) * geometry[0],
     )
-    block_table, projection = borrowed(block_table), borrowed(projection)
-    k_map, v_map = borrowed(k_map), borrowed(v_map)
-    group = q.shape[1] // heads if rule[2] == HAMMING_TO_QUERY else 1
-    x, y = np.empty(group * dim, np.float32), np.empty(dim, np.float32)
-    dots = np.empty(group * geometry[8], np.float32)
-    description = np.zeros((1, words), np.int32)
-    queries = np.empty((group, words), np.int32)
-    merged = np.zeros(merged_shape(group, words), np.int32)
-    scratch = np.empty(block_size, np.int32)
-    centre, centred = np.zeros(dim, np.float32), np.int64(-1)
-    lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
-    key_dots = dots[: geometry[8]]
-    for task in range(len(rows) * heads):
-        # Head by head: a prompt's tokens share one centre per head.
-        head, n = task // len(rows), task % len(rows)
-        row, blocks = rows[n], block_table[requests[n]]
-        if task + 1 < len(rows) * heads:
-            # What the next scan reads comes from memory while this one computes.
-            next_head, m = (task + 1) // len(rows), (task + 1) % len(rows)
-            if evict[m]:
-                first_row = words - 1 if rule[2] == VOTE and not voters[m] else 0
-                first_row = words if rule[2] == RECENCY else first_row
-                next_blocks = block_table[requests[m]]
-                slots_ahead = min(np.int64(slots[m]), PREFETCHED_SLOTS)
-                prefetch_rows(
-                    tail, next_blocks, slots_ahead, next_head, geometry, first_row
-                )
-        load(k[row, head], geometry[7], y)
-        if rule[2] == VOTE and positions[n] >= rule[0]:
-            if centred != requests[n] * heads + head:
-                centred = requests[n] * heads + head
-                centre_of(
-                    elements, blocks, head, k_map, lanes, geometry, rule[0], x, centre
-                )
-            describe_centred(y, centre, projection, key_dots, description[0])
-        else:
-            describe_key(y, projection, key_dots, rule, description[0])
-        slot = np.int64(slots[n])
-        if evict[n]:
-            if voters[n]:
-                cast_votes(
-                    tail,
-                    q,
-                    row,
-                    blocks,
-                    slot,
-                    head,
-                    projection,
-                    geometry,
-                    rule,
-                    strengths,
-                    positions[n],
-                )
-            if rule[2] == HAMMING_TO_QUERY:
-                merge_queries(
-                    q, row, head, projection, x, dots, queries, geometry, merged
-                )
-            elif rule[2] == HAMMING_TO_KEY:
-                merge(description, merged)
-            slot = find_victim(
-                elements,
-                tail,
-                blocks,
-                slot,
-                head,
-                merged,
-                group,
-                positions[n],
-                k_map,
-                geometry,
-                rule,
-                scratch,
-            )
-        offset = slot % block_size
-        start = elements_of(blocks, slot, head, geometry)
-        page = elements[start : start + 2 * block_size * dim]
-        key, value = k[row, head], v[row, head]
-        key_at, value_at = k_map[offset], v_map[offset]
-        for d in range(dim):
-            page[key_at[d]] = key[d]
-            page[value_at[d]] = value[d]
-        start = tail_of(blocks, slot, head, geometry)
-        meta = tail[start : start + (words + 1) * block_size]
-        for w in range(words):
-            meta[w * block_size + offset] = description[0, w]
-        meta[words * block_size + offset] = positions[n]
-        if rule[2] == VOTE and positions[n] == rule[0] - 1:
-            centre_of(
-                elements, blocks, head, k_map, lanes, geometry, rule[0], x, centre
-            )
-            describe_sinks(
-                elements,
-                tail,
-                blocks,
-                head,
-                projection,
-                k_map,
-                geometry,
-                rule[0],
-                y,
-                key_dots,
-                description[0],
-                centre,
-            )
-            centred = requests[n] * heads + head
 
 
 @inlined
@@ -204,7 +100,7 @@ def _replay_head(
     block_size, words = geometry[1], geometry[3]
     group = q.shape[1] // geometry[0] if rule[2] == HAMMING_TO_QUERY else 1
     first_slot, count = np.int64(piece[4]), np.int64(piece[2])
-    scratch = np.empty(block_size, np.int32)
+    scratch, best = np.empty(block_size, np.int32), np.empty(BEST_SIZE, np.int32)
     x = np.empty(group * geometry[2], np.float32)
     dots = np.empty(group * geometry[8], np.float32)
     sources = np.empty((group, words), np.int32)
@@ -232,6 +128,7 @@ def _replay_head(
             geometry,
             rule,
             scratch,
+            best,
         )
         at = tail_of(blocks, victim, head, geometry)
         at += words * block_size + victim % block_size

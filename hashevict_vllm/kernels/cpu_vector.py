@@ -19,7 +19,7 @@ LANES = 16
 """Keys that `sum_of_run` reads at once; divides every block size."""
 
 
-def _data(context: Any, builder: Any, signature: Any, args: Any, which: int) -> Any:
+def data_of(context: Any, builder: Any, signature: Any, args: Any, which: int) -> Any:
     """Pointer to the first element of an array argument."""
     array = context.make_array(signature.args[which])(context, builder, args[which])
     return array.data
@@ -30,7 +30,7 @@ def _four_at(builder: Any, data: Any, index: Any) -> Any:
     return builder.bitcast(builder.gep(data, [index]), _FOUR.as_pointer())
 
 
-def _splat(builder: Any, value: Any, lanes: int) -> Any:
+def splat(builder: Any, value: Any, lanes: int) -> Any:
     """A vector of equal elements."""
     vector = ir.VectorType(value.type, lanes)
     zeros = ir.Constant(ir.VectorType(_INT, lanes), [0] * lanes)
@@ -53,15 +53,15 @@ def sum_of_run(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = context.get_data_type(signature.args[0].dtype)
         raws, masks = ir.VectorType(element, LANES), ir.VectorType(_INT, LANES)
-        place = builder.gep(_data(context, builder, signature, args, 0), [args[1]])
+        place = builder.gep(data_of(context, builder, signature, args, 0), [args[1]])
         raw = builder.load(
             builder.bitcast(place, raws.as_pointer()), align=element.width // 8
         )
         if element.width < 32:
             raw = builder.zext(raw, masks)
-        chosen = _data(context, builder, signature, args, 2)
+        chosen = data_of(context, builder, signature, args, 2)
         mask = builder.load(builder.bitcast(chosen, masks.as_pointer()), align=4)
-        sign, rest, shift = (_splat(builder, value, LANES) for value in args[3:])
+        sign, rest, shift = (splat(builder, value, LANES) for value in args[3:])
         sixteen = ir.Constant(masks, [16] * LANES)
         moved = builder.or_(
             builder.shl(builder.and_(raw, sign), sixteen),
@@ -89,8 +89,8 @@ def double_table(typingctx: Any, table: Any, size: Any, steps: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        table = _data(context, builder, signature, args, 0)
-        steps = _data(context, builder, signature, args, 2)
+        table = data_of(context, builder, signature, args, 0)
+        steps = data_of(context, builder, signature, args, 2)
         index = args[1].type
         four, zero = ir.Constant(index, 4), ir.Constant(index, 0)
         step = builder.load(_four_at(builder, steps, zero), align=4)
@@ -116,7 +116,7 @@ def add_rows(typingctx: Any, words: Any, tables: Any, sums: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         words, tables, sums = (
-            _data(context, builder, signature, args, which) for which in range(3)
+            data_of(context, builder, signature, args, which) for which in range(3)
         )
         array = context.make_array(signature.args[0])(context, builder, args[0])
         index = array.nitems.type
