@@ -23,7 +23,8 @@ from hashevict_vllm.kernels.cpu_scan import (
     keep_best,
     reset_best,
 )
-from hashevict_vllm.kernels.cpu_slots import load, load_key, tail_of
+from hashevict_vllm.kernels.cpu_slots import load_key, tail_of
+from hashevict_vllm.kernels.cpu_tokens import load_queries
 from hashevict_vllm.kernels.jit import inlined
 
 COSINE_UNIT = np.float32(2.0**29)
@@ -52,22 +53,13 @@ def describe_key(x, projection, dots, rule, words):
 
 
 @njit
-def load_queries(q, row, head, geometry, x):
-    """The G query rows of a KV head as float32, into ``x`` [G * D]."""
-    dim = geometry[2]
-    group = q.shape[1] // geometry[0]
-    for g in range(group):
-        load(q[row, head * group + g], geometry[7], x[g * dim : (g + 1) * dim])
-
-
-@njit
-def merge_queries(q, row, head, projection, x, dots, sources, geometry, merged):
+def merge_queries(tokens, row, head, projection, x, dots, sources, geometry, merged):
     """Sign the G query heads of a KV head and merge their signatures.
 
     Scratch: ``x`` [G * D], ``dots`` [G * b], ``sources`` [G, W].
     """
     group, b = sources.shape[0], geometry[8]
-    load_queries(q, row, head, geometry, x)
+    load_queries(tokens, row, head, geometry, x)
     project_rows(x, projection, dots, group)
     for g in range(group):
         pack_signs(dots[g * b : (g + 1) * b], sources[g])

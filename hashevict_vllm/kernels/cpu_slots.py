@@ -130,11 +130,14 @@ def prefetch_slot(elements, blocks, slot, head, slot_map, geometry):
 
 
 @njit
-def copy_in(elements, k, v, row, blocks, slot, head, k_map, v_map, geometry):
-    """Write K and V of a token to a slot; k, v raw [T, Hkv, D]."""
+def copy_in(elements, tokens, row, blocks, slot, head, k_map, v_map, geometry):
+    """Write K and V of a token (`hashevict_vllm.kernels.cpu_tokens`) to a slot."""
     start = elements_of(blocks, slot, head, geometry)
     page = elements[start : start + 2 * geometry[1] * geometry[2]]
-    key, value = k[row, head], v[row, head]
+    at = row * tokens.k_stride + head * geometry[2]
+    key = tokens.k[at : at + geometry[2]]
+    at = row * tokens.v_stride + head * geometry[2]
+    value = tokens.v[at : at + geometry[2]]
     key_at, value_at = k_map[slot % geometry[1]], v_map[slot % geometry[1]]
     for d in range(len(key)):
         page[key_at[d]] = key[d]

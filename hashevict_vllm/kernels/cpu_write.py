@@ -38,11 +38,11 @@ from hashevict_vllm.kernels.cpu_scores import (
 )
 from hashevict_vllm.kernels.cpu_slots import (
     copy_in,
-    load,
     prefetch_rows,
     prefetch_slot,
     tail_of,
 )
+from hashevict_vllm.kernels.cpu_tokens import load_new_key
 from hashevict_vllm.kernels.cpu_votes import cast_votes
 
 BLOCKS_AHEAD = 8
@@ -53,9 +53,7 @@ BLOCKS_AHEAD = 8
 def write_items(
     elements,
     tail,
-    q,
-    k,
-    v,
+    tokens,
     rows,
     positions,
     slots,
@@ -77,7 +75,7 @@ def write_items(
     Arguments as `hashevict_vllm.kernels.cpu.write_tokens`.
     """
     heads, block_size, dim, words = geometry[0], geometry[1], geometry[2], geometry[3]
-    group = q.shape[1] // heads if rule[2] == HAMMING_TO_QUERY else 1
+    group = tokens.group if rule[2] == HAMMING_TO_QUERY else 1
     x, y = np.empty(group * dim, np.float32), np.empty(dim, np.float32)
     dots = np.empty(group * geometry[8], np.float32)
     key_dots = dots[: geometry[8]]
@@ -107,8 +105,7 @@ def write_items(
                 append_tokens(
                     elements,
                     tail,
-                    k,
-                    v,
+                    tokens,
                     rows[start:stop],
                     positions[start:stop],
                     slots[start:stop],
@@ -146,7 +143,7 @@ def write_items(
                     v_map,
                     geometry,
                 )
-            load(k[row, head], geometry[7], y)
+            load_new_key(tokens, row, head, geometry, y)
             description = descriptions[head]
             if rule[2] == VOTE:
                 centre_of(
@@ -157,15 +154,22 @@ def write_items(
                 describe_key(y, projection, key_dots, rule, description[0])
             if rule[2] == HAMMING_TO_QUERY:
                 merge_queries(
-                    q, row, head, projection, x, dots, queries, geometry, merged[head]
+                    tokens,
+                    row,
+                    head,
+                    projection,
+                    x,
+                    dots,
+                    queries,
+                    geometry,
+                    merged[head],
                 )
             elif rule[2] == HAMMING_TO_KEY:
                 merge(description, merged[head])
             if waiting_from < waiting_to:
                 copy_in(
                     elements,
-                    k,
-                    v,
+                    tokens,
                     rows[before],
                     block_table[requests[before]],
                     victims[waiting_from],
@@ -178,8 +182,7 @@ def write_items(
         while waiting_from < waiting_to:
             copy_in(
                 elements,
-                k,
-                v,
+                tokens,
                 rows[before],
                 block_table[requests[before]],
                 victims[waiting_from],
@@ -193,7 +196,7 @@ def write_items(
             for head in range(low, high):
                 cast_votes(
                     tail,
-                    q,
+                    tokens,
                     row,
                     blocks,
                     num_slots,
@@ -267,8 +270,7 @@ def write_items(
             )
         copy_in(
             elements,
-            k,
-            v,
+            tokens,
             rows[before],
             blocks,
             victims[head],
@@ -300,8 +302,7 @@ def describe_slot(tail, blocks, slot, head, geometry, description, position):
 def append_tokens(
     elements,
     tail,
-    k,
-    v,
+    tokens,
     rows,
     positions,
     slots,
@@ -327,7 +328,7 @@ def append_tokens(
     centred = False
     for i in range(len(rows)):
         slot, position = np.int64(slots[i]), positions[i]
-        load(k[rows[i], head], geometry[7], y)
+        load_new_key(tokens, rows[i], head, geometry, y)
         if rule[2] == VOTE and position >= rule[0]:
             if not centred:
                 centre_of(
@@ -338,7 +339,7 @@ def append_tokens(
         else:
             describe_key(y, projection, dots, rule, description)
         describe_slot(tail, blocks, slot, head, geometry, description, position)
-        copy_in(elements, k, v, rows[i], blocks, slot, head, k_map, v_map, geometry)
+        copy_in(elements, tokens, rows[i], blocks, slot, head, k_map, v_map, geometry)
         if rule[2] == VOTE and position == rule[0] - 1:
             centre_of(
                 elements, blocks, head, k_map, lanes, geometry, rule[0], x, centre
