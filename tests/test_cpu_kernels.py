@@ -31,12 +31,15 @@ def run(
     head_dim: int = 32,
     block_size: int = 32,
     dtype: torch.dtype = torch.float32,
+    threads: int = 1,
 ) -> None:
     """Feed several requests in chunks; compare every request's live slots."""
     torch.manual_seed(0)
     resolved = resolve(policy, block_size)
     totals = [prompt + outputs for prompt in prompts]
-    paged = PagedLayer(resolved, prompts, totals, heads, head_dim, block_size, dtype)
+    paged = PagedLayer(
+        resolved, prompts, totals, heads, head_dim, block_size, dtype, threads
+    )
     streams = [
         tuple(
             torch.randn(total, n, head_dim).to(dtype)
@@ -146,6 +149,19 @@ def test_kernels_equal_the_oracle_for_votes(
         chunk=70,
         group=3,
         dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("scoring", ["instant", "vote"])
+def test_threads_share_the_work_of_a_step(scoring: str, threads: int) -> None:
+    run(
+        {"scoring": scoring, "budget": 80, "segment": 64},
+        prompts=[150, 30, 90, 200],
+        outputs=60,
+        chunk=70,
+        heads=7,
+        threads=threads,
     )
 
 

@@ -13,6 +13,7 @@ from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.policies.vote import estimate_scale
 
@@ -53,6 +54,7 @@ class KernelConstants:
         v_map: int32 [N, D].
         rule: int64 [6], see `rule_array`.
         strengths: float32 [3], see `vote_strengths`.
+        team: int64 [2], see `find_team`.
 
     """
 
@@ -61,6 +63,7 @@ class KernelConstants:
     v_map: np.ndarray
     rule: np.ndarray
     strengths: np.ndarray
+    team: np.ndarray
 
     @classmethod
     def build(cls, layer: Any, spec: BudgetedAttentionSpec) -> KernelConstants:
@@ -95,4 +98,5 @@ class KernelConstants:
             v_map=v_map.astype(np.int32),
             rule=rule_array(policy),
             strengths=vote_strengths(policy, layer.impl.scale, spec.head_size),
+            team=find_team(),
         )

@@ -6,7 +6,6 @@ over the live slots and whose own cache-update op tells where elements of a page
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionLayer
 
@@ -15,13 +14,8 @@ from hashevict_vllm.attention.unshared import UnsharedCacheMixin
 from hashevict_vllm.cache.page import LayerPages
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
+from hashevict_vllm.kernels.cpu_tokens import addresses, with_whole_rows
 from hashevict_vllm.policies import make_rule
-
-
-def _raw(x: torch.Tensor) -> np.ndarray:
-    """The bits of a float tensor as unsigned integers, without a copy."""
-    bits = torch.int32 if x.element_size() == 4 else torch.int16
-    return x.contiguous().view(bits).numpy().view(f"u{x.element_size()}")
 
 
 class BudgetedImplMixin(UnsharedCacheMixin):
@@ -63,7 +57,8 @@ class BudgetedImplMixin(UnsharedCacheMixin):
         if attn_metadata is None:
             return output
         pages, constants = self._pages_of(kv_cache), attn_metadata.constants
-        raw_q, raw_k, raw_v = _raw(query), _raw(key), _raw(value)
+        q, k, v = with_whole_rows(query), with_whole_rows(key), with_whole_rows(value)
+        places = addresses(q, k, v)
         common = (
             attn_metadata.block_table,
             constants.projection,
@@ -72,14 +67,13 @@ class BudgetedImplMixin(UnsharedCacheMixin):
             pages.kernel_geometry,
             constants.rule,
             constants.strengths,
+            constants.team,
         )
         for step in attn_metadata.rounds:
             cpu.write_tokens(
                 pages.elements,
                 pages.tail,
-                raw_q,
-                raw_k,
-                raw_v,
+                places,
                 step.token_rows,
                 step.positions,
                 step.slots,
@@ -93,7 +87,7 @@ class BudgetedImplMixin(UnsharedCacheMixin):
                 cpu.replay_segments(
                     pages.elements,
                     pages.tail,
-                    raw_q,
+                    places,
                     step.replay,
                     *common,
                     self.policy.budget,

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 
 from hashevict_vllm.attention.constants import rule_array, vote_strengths
-from hashevict_vllm.attention.forward import _raw
 from hashevict_vllm.attention.metadata import _round_arrays
 from hashevict_vllm.attention.plan import Piece, cut_chunk
 from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.cache.page import WORD_BYTES, LayerPages, tail_bytes
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
+from hashevict_vllm.kernels.cpu_tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
 
 
@@ -221,6 +222,7 @@ class BudgetedLayer:
             self.pages.kernel_geometry,
             rule_array(policy),
             vote_strengths(policy, shape.scale, shape.head_dim),
+            find_team(),
         )
         cpu.warm_up(np.dtype(f"u{shape.dtype.itemsize}"))
 
@@ -289,9 +291,7 @@ class BudgetedLayer:
         cpu.write_tokens(
             self.pages.elements,
             self.pages.tail,
-            _raw(q),
-            _raw(k),
-            _raw(v),
+            addresses(q, k, v),
             arrays["token_rows"],
             arrays["positions"],
             arrays["slots"],
@@ -301,13 +301,15 @@ class BudgetedLayer:
             *self._common,
         )
 
-    def reduce(self, step: Step, q: torch.Tensor) -> None:
+    def reduce(
+        self, step: Step, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
         """Cut segments that are complete back to the budget."""
         if len(step.arrays["replay"]):
             cpu.replay_segments(
                 self.pages.elements,
                 self.pages.tail,
-                _raw(q),
+                addresses(q, k, v),
                 step.arrays["replay"],
                 *self._common,
                 self.policy.budget,

@@ -179,4 +179,4 @@ class _Ours(_Reader):
         for step in self.steps:
             self.layer.write(step, q, k, v)
             self.attend(step.attention, q[step.rows], output[step.rows])
-            self.layer.reduce(step, q)
+            self.layer.reduce(step, q, k, v)

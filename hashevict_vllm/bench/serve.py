@@ -1,8 +1,10 @@
 """``serve``: a real ``vllm serve`` under ``vllm bench serve``, against stock.
 
 Servers take turns, one at a time, as two on the same cores wait for each other's
-spinning threads. Scenarios: ample (budget of at least the length), tight (a pool that
-stock overflows), long (inter-token latency as the answer grows).
+spinning threads. Scenarios: ample (budget of at least the length), tight and deep
+(pools that stock overflows), prompts (long ones, short answers), long (inter-token
+latency as one answer grows). ``stock`` runs without this plugin, ``off`` with it and
+without a policy.
 """
 
 from __future__ import annotations
@@ -41,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's options."""
     add = parser.add_argument
     add("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
-    add("--policies", nargs="+", default=["hashevict"], help="compared with stock")
+    add(
+        "--policies",
+        nargs="+",
+        default=["hashevict"],
+        help="compared with stock: names of --kv-policy, or off",
+    )
     add("--rounds", type=int, default=3, help="starts of every server")
     add("--model", help="directory of another model, for all scenarios")
     add("--budget", type=int, help="another budget")
@@ -72,7 +79,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
                 f"{name}, {policy}: {row['throughput']:.1f} tokens/s, ITL p50 "
                 f"{row['itl_p50_ms']:.1f} p95 {row['itl_p95_ms']:.1f} ms, TTFT "
                 f"{row['ttft_ms']:.0f} ms, {row['preemptions']:.0f} preemptions, "
-                f"at most {row['peak_num_requests_running']:.0f} requests at once"
+                f"at most {row['peak_num_requests_running']:.0f} requests at once "
+                f"and {row['peak_blocks']} of {row['pool_blocks']} blocks"
             )
         for policy in options.policies:
             compared = compare(rows["stock"], rows[policy])
@@ -128,12 +136,14 @@ def measure(
     flags += ["--max-num-seqs", str(scenario.in_flight)]
     flags += ["--kv-cache-memory-bytes", str(pool)]
     flags += ["--enforce-eager"] if options.eager else []
-    if policy != "stock":
+    if policy not in ("stock", "off"):
         flags += ["--kv-policy", policy, "--kv-budget", str(scenario.budget)]
         if options.policy_config:
             flags += ["--kv-policy-config", options.policy_config]
+    # An empty list of names: vLLM loads no plugin at all.
+    variables = {"VLLM_PLUGINS": ""} if policy == "stock" else {}
     log = results.directory / f"{label}.log"
-    with server.serve(model, flags, log) as running:
+    with server.serve(model, flags, log, variables) as running:
         blocks = running.pool_blocks()
         if (blocks - 1) * BLOCK_SIZE > scenario.pool_tokens:
             raise RuntimeError(
@@ -157,6 +167,7 @@ def measure(
         **{ours: found[theirs] for ours, theirs in METRICS.items()},
         **watched,
         "pool_blocks": blocks,
+        "peak_blocks": round(watched["peak_kv_cache_usage_perc"] * (blocks - 1)),
         "itl_by_length": itl_by_length(found["itls"]),
     }
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Path, flags: Sequence[str], log: Path) -> Iterator[Server]:
+def serve(
+    model: Path, flags: Sequence[str], log: Path, variables: Mapping[str, str]
+) -> Iterator[Server]:
     """Run ``vllm serve MODEL FLAGS`` on a free port until the block ends.
+
+    Args:
+        model: Directory.
+        flags: Of ``vllm serve``.
+        log: File for its output.
+        variables: Of its environment, beside ours.
 
     Raises:
         RuntimeError: If the server ends at start; its log says why.
@@ -109,7 +117,7 @@ def serve(model: Path, flags: Sequence[str], log: Path) -> Iterator[Server]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     env = {
         key: value for key, value in os.environ.items() if key not in NOT_FOR_SERVERS
-    }
+    } | dict(variables)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

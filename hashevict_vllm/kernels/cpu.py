@@ -2,44 +2,37 @@
 
 They address slots of one KV head inside vLLM's pages (`hashevict_vllm.cache.page`).
 Inner loops run over slices, as a signed scalar index costs numba a wrap-around test per
-element. They run on one thread: beside the attention kernels' OpenMP pool a second one
-makes each wait for the other's spinning threads (20 times slower steps were seen).
+element. Items, a request's or piece's KV head each, are shared by OpenMP's threads.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 
-from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, RECENCY, VOTE
-from hashevict_vllm.kernels.cpu_frame import (
-    adjacent_keys,
-    describe_in,
-    describe_sinks,
-    frame_of,
-)
+from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, VOTE
+from hashevict_vllm.kernels.cpu_frame import adjacent_keys, frame_of
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
-from hashevict_vllm.kernels.cpu_scores import describe_key, find_victim, merge_queries
-from hashevict_vllm.kernels.cpu_slots import (
-    borrowed,
-    elements_of,
-    load,
-    prefetch_rows,
-    tail_of,
-)
+from hashevict_vllm.kernels.cpu_scan import BEST_SIZE
+from hashevict_vllm.kernels.cpu_scores import find_victim, merge_queries
+from hashevict_vllm.kernels.cpu_slots import borrowed, elements_of, tail_of
+from hashevict_vllm.kernels.cpu_tokens import tokens_at
 from hashevict_vllm.kernels.cpu_votes import cast_votes, mark_losers
+from hashevict_vllm.kernels.cpu_write import write_items
 from hashevict_vllm.kernels.jit import inlined, kernel
+from hashevict_vllm.kernels.team import share_items
 
-PREFETCHED_SLOTS = 8192
-"""Slots that are asked for ahead of their scan; more would not stay in the cache."""
+SCAN_WORK = 4
+"""What an evicting token costs, in units of one that is appended; about 0.5 us."""
+WORK_OF_A_THREAD = 32
+"""Units that are worth waking a thread for."""
 
 
 @kernel
 def write_tokens(
     elements,
     tail,
-    q,
-    k,
-    v,
+    places,
     rows,
     positions,
     slots,
@@ -53,6 +46,7 @@ def write_tokens(
     geometry,
     rule,
     strengths,
+    team,
 ):
     """Hash, choose the slot, write K, V, signature and position of single tokens.
 
@@ -62,9 +56,7 @@ def write_tokens(
     Args:
         elements: Raw K/V elements of the layer, unsigned [..], see `LayerPages`.
         tail: int32 view of the same bytes.
-        q: Raw elements [T, Hq, D].
-        k: Raw elements [T, Hkv, D].
-        v: Raw elements [T, Hkv, D].
+        places: Of q, k and v, see `hashevict_vllm.kernels.cpu_tokens.addresses`.
         rows: int32 [n], rows of q, k, v.
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to; the number of live slots if evicting.
@@ -79,132 +71,64 @@ def write_tokens(
             first tail word of a page, element kind, b.
         rule: int64 [6]: sinks, recent, kind of score (`codes`), seed, pool, vote_every.
         strengths: float32, as `cast_votes`.
+        team: int64 [2], as `hashevict_vllm.kernels.team.find_team`.
 
     """
-    heads, block_size, dim, words = geometry[0], geometry[1], geometry[2], geometry[3]
-    elements, tail, q, k, v = (
-        borrowed(elements),
-        borrowed(tail),
-        borrowed(q),
-        borrowed(k),
-        borrowed(v),
+    heads, runs, work = geometry[0], 0, 0
+    for n in range(len(rows)):
+        runs += n == 0 or requests[n] != requests[n - 1]
+        work += heads * (SCAN_WORK if evict[n] else 1)
+    share_items(
+        write_items,
+        (
+            borrowed(elements),
+            borrowed(tail),
+            tokens_at(places, elements),
+            borrowed(rows),
+            borrowed(positions),
+            borrowed(slots),
+            borrowed(evict),
+            borrowed(voters),
+            borrowed(requests),
+            borrowed(block_table),
+            borrowed(projection),
+            borrowed(k_map),
+            borrowed(v_map),
+            borrowed(geometry),
+            borrowed(rule),
+            borrowed(strengths),
+        ),
+        runs * heads,
+        team[0],
+        _threads(team, runs * heads, work),
     )
-    block_table, projection = borrowed(block_table), borrowed(projection)
-    k_map, v_map = borrowed(k_map), borrowed(v_map)
-    group = q.shape[1] // heads if rule[2] == HAMMING_TO_QUERY else 1
-    x, y = np.empty(group * dim, np.float32), np.empty(dim, np.float32)
-    z = np.empty(dim, np.float32)
-    dots = np.empty(group * geometry[8], np.float32)
-    description = np.zeros((1, words), np.int32)
-    queries = np.empty((group, words), np.int32)
-    merged = np.zeros(merged_shape(group, words), np.int32)
-    scratch = np.empty(block_size, np.int32)
-    frame, framed = np.zeros(3 * dim, np.float64), np.int64(-1)
-    lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
-    key_dots = dots[: geometry[8]]
-    for task in range(len(rows) * heads):
-        # Head by head: a prompt's tokens share one frame per head.
-        head, n = task // len(rows), task % len(rows)
-        row, blocks = rows[n], block_table[requests[n]]
-        if task + 1 < len(rows) * heads:
-            # What the next scan reads comes from memory while this one computes.
-            next_head, m = (task + 1) // len(rows), (task + 1) % len(rows)
-            if evict[m]:
-                first_row = words - 1 if rule[2] == VOTE and not voters[m] else 0
-                first_row = words if rule[2] == RECENCY else first_row
-                next_blocks = block_table[requests[m]]
-                slots_ahead = min(np.int64(slots[m]), PREFETCHED_SLOTS)
-                prefetch_rows(
-                    tail, next_blocks, slots_ahead, next_head, geometry, first_row
-                )
-        load(k[row, head], geometry[7], y)
-        if rule[2] == VOTE and positions[n] >= rule[0]:
-            if framed != requests[n] * heads + head:
-                framed = requests[n] * heads + head
-                frame_of(
-                    elements, blocks, head, k_map, lanes, geometry, rule[0], z, frame
-                )
-            describe_in(y, frame, projection, key_dots, description[0])
-        else:
-            describe_key(y, projection, key_dots, rule, description[0])
-        slot = np.int64(slots[n])
-        if evict[n]:
-            if voters[n]:
-                cast_votes(
-                    tail,
-                    q,
-                    row,
-                    blocks,
-                    slot,
-                    head,
-                    projection,
-                    geometry,
-                    rule,
-                    strengths,
-                    frame,
-                    positions[n],
-                )
-            if rule[2] == HAMMING_TO_QUERY:
-                merge_queries(
-                    q, row, head, projection, x, dots, queries, geometry, merged
-                )
-            elif rule[2] == HAMMING_TO_KEY:
-                merge(description, merged)
-            slot = find_victim(
-                elements,
-                tail,
-                blocks,
-                slot,
-                head,
-                merged,
-                group,
-                positions[n],
-                k_map,
-                geometry,
-                rule,
-                scratch,
-            )
-        offset = slot % block_size
-        start = elements_of(blocks, slot, head, geometry)
-        page = elements[start : start + 2 * block_size * dim]
-        key, value = k[row, head], v[row, head]
-        key_at, value_at = k_map[offset], v_map[offset]
-        for d in range(dim):
-            page[key_at[d]] = key[d]
-            page[value_at[d]] = value[d]
-        start = tail_of(blocks, slot, head, geometry)
-        meta = tail[start : start + (words + 1) * block_size]
-        for w in range(words):
-            meta[w * block_size + offset] = description[0, w]
-        meta[words * block_size + offset] = positions[n]
-        if rule[2] == VOTE and positions[n] == rule[0] - 1:
-            frame_of(elements, blocks, head, k_map, lanes, geometry, rule[0], z, frame)
-            describe_sinks(
-                elements,
-                tail,
-                blocks,
-                head,
-                projection,
-                k_map,
-                geometry,
-                rule[0],
-                y,
-                key_dots,
-                description[0],
-                frame,
-            )
-            framed = requests[n] * heads + head
+
+
+@njit
+def _threads(team, items, work):
+    """How many threads are worth starting for so many items, and as much work."""
+    return max(1, min(team[1], items, work // WORK_OF_A_THREAD))
 
 
 @inlined
 def _replay_head(
-    elements, tail, q, piece, blocks, head, projection, k_map, geometry, rule, budget
+    elements,
+    tail,
+    tokens,
+    piece,
+    blocks,
+    head,
+    projection,
+    k_map,
+    geometry,
+    rule,
+    budget,
 ):
     """Mark, for one (piece, KV head), the victims of the tokens beyond the budget."""
     block_size, words = geometry[1], geometry[3]
-    group = q.shape[1] // geometry[0] if rule[2] == HAMMING_TO_QUERY else 1
+    group = tokens.group if rule[2] == HAMMING_TO_QUERY else 1
     first_slot, count = np.int64(piece[4]), np.int64(piece[2])
-    scratch = np.empty(block_size, np.int32)
+    scratch, best = np.empty(block_size, np.int32), np.empty(BEST_SIZE, np.int32)
     x = np.empty(group * geometry[2], np.float32)
     dots = np.empty(group * geometry[8], np.float32)
     sources = np.empty((group, words), np.int32)
@@ -213,7 +137,9 @@ def _replay_head(
         slot = first_slot + i
         if rule[2] == HAMMING_TO_QUERY:
             row = piece[3] + i
-            merge_queries(q, row, head, projection, x, dots, sources, geometry, merged)
+            merge_queries(
+                tokens, row, head, projection, x, dots, sources, geometry, merged
+            )
         elif rule[2] == HAMMING_TO_KEY:
             at = tail_of(blocks, slot, head, geometry) + slot % block_size
             for w in range(words):
@@ -232,6 +158,7 @@ def _replay_head(
             geometry,
             rule,
             scratch,
+            best,
         )
         at = tail_of(blocks, victim, head, geometry)
         at += words * block_size + victim % block_size
@@ -266,11 +193,11 @@ def _compact_head(elements, tail, end, blocks, head, k_map, v_map, geometry, bud
             target[v_map[target_offset, d]] = source[v_map[offset, d]]
 
 
-@kernel
-def replay_segments(
+@njit
+def _replay_items(
     elements,
     tail,
-    q,
+    tokens,
     pieces,
     block_table,
     projection,
@@ -280,38 +207,15 @@ def replay_segments(
     rule,
     strengths,
     budget,
+    first,
+    last,
 ):
-    """Replay the decode rule for tokens beyond the budget; compact complete segments.
-
-    Design 1.3. Victims are marked ``~position`` and stay in place, as later tokens of
-    the open segment still attend to them. A complete segment is compacted: survivors
-    beyond the budget move into the marked slots, in order of their slots.
-
-    Args:
-        elements: As `write_tokens`, here only moved.
-        tail: As `write_tokens`; holds the piece's signatures and positions already.
-        q: Raw elements [T, Hq, D].
-        pieces: int32 [n, 8]: request, start position, count, row, slot, compact, first
-            voting token (``count`` if none votes), distance of voting tokens (0 in a
-            segment, where all that follow the first vote).
-        block_table: int32 [R, max blocks].
-        projection: As `write_tokens`.
-        k_map: int32 [N, D].
-        v_map: int32 [N, D].
-        geometry: As `write_tokens`.
-        rule: As `write_tokens`.
-        strengths: As `write_tokens`.
-        budget: C.
-
-    """
+    """Reduce items [first, last): piece by piece, head by head."""
     heads = geometry[0]
-    elements, tail, q = borrowed(elements), borrowed(tail), borrowed(q)
-    block_table, projection = borrowed(block_table), borrowed(projection)
-    k_map, v_map = borrowed(k_map), borrowed(v_map)
     x, frame = np.empty(geometry[2], np.float32), np.zeros(3 * geometry[2], np.float64)
     lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
-    for task in range(len(pieces) * heads):
-        piece, head = pieces[task // heads], task % heads
+    for item in range(first, last):
+        piece, head = pieces[item // heads], item % heads
         blocks = block_table[piece[0]]
         end = np.int64(piece[4]) + np.int64(piece[2])
         if rule[2] == VOTE:
@@ -322,7 +226,7 @@ def replay_segments(
             for i in range(piece[6], piece[2], max(piece[7], 1)):
                 cast_votes(
                     tail,
-                    q,
+                    tokens,
                     piece[3] + i,
                     blocks,
                     np.int64(piece[4]) + i,
@@ -341,7 +245,7 @@ def replay_segments(
             _replay_head(
                 elements,
                 tail,
-                q,
+                tokens,
                 piece,
                 blocks,
                 head,
@@ -357,6 +261,69 @@ def replay_segments(
             )
 
 
+@kernel
+def replay_segments(
+    elements,
+    tail,
+    places,
+    pieces,
+    block_table,
+    projection,
+    k_map,
+    v_map,
+    geometry,
+    rule,
+    strengths,
+    team,
+    budget,
+):
+    """Replay the decode rule for tokens beyond the budget; compact complete segments.
+
+    Design 1.3. Victims are marked ``~position`` and stay in place, as later tokens of
+    the open segment still attend to them. A complete segment is compacted: survivors
+    beyond the budget move into the marked slots, in order of their slots.
+
+    Args:
+        elements: As `write_tokens`, here only moved.
+        tail: As `write_tokens`; holds the piece's signatures and positions already.
+        places: As `write_tokens`.
+        pieces: int32 [n, 8]: request, start position, count, row, slot, compact, first
+            voting token (``count`` if none votes), distance of voting tokens (0 in a
+            segment, where all that follow the first vote).
+        block_table: int32 [R, max blocks].
+        projection: As `write_tokens`.
+        k_map: int32 [N, D].
+        v_map: int32 [N, D].
+        geometry: As `write_tokens`.
+        rule: As `write_tokens`.
+        strengths: As `write_tokens`.
+        team: As `write_tokens`.
+        budget: C.
+
+    """
+    items = len(pieces) * geometry[0]
+    share_items(
+        _replay_items,
+        (
+            borrowed(elements),
+            borrowed(tail),
+            tokens_at(places, elements),
+            borrowed(pieces),
+            borrowed(block_table),
+            borrowed(projection),
+            borrowed(k_map),
+            borrowed(v_map),
+            borrowed(geometry),
+            borrowed(rule),
+            borrowed(strengths),
+            budget,
+        ),
+        items,
+        team[0],
+        _threads(team, items, items * WORK_OF_A_THREAD),
+    )
+
+
 def warm_up(dtype: np.dtype) -> None:
     """Compile (or load from the disk cache) the kernels for one element type.
 
@@ -365,13 +332,14 @@ def warm_up(dtype: np.dtype) -> None:
 
     """
     elements, tail = np.zeros(1, dtype), np.zeros(1, np.int32)
-    x = np.zeros((1, 1, 1), dtype)
+    places = (0, 0, 0, 0, 0, 0, 0, 1)
     none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
     geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
     floats = np.zeros(3, np.float32)
-    common = (table, floats, table, table, geometry, rule, floats)
+    team = np.array([0, 1], np.int64)
+    common = (table, floats, table, table, geometry, rule, floats, team)
     no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 8), np.int32)
     write_tokens(
-        elements, tail, x, x, x, none, none, none, no_flags, no_flags, none, *common
+        elements, tail, places, none, none, none, no_flags, no_flags, none, *common
     )
-    replay_segments(elements, tail, x, no_pieces, *common, 1)
+    replay_segments(elements, tail, places, no_pieces, *common, 1)

@@ -12,38 +12,24 @@ left out: distances are only compared within one scan.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
-
-
-@intrinsic
-def popcount(typingctx: Any, value: Any) -> Any:
-    """Population count of an int32, as LLVM's ctpop, which vectorises to vpopcntd."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(builder.trunc(args[0], ir.IntType(32)))
-
-    return types.int32(types.int32), codegen
+from numba import njit
 
 
 @njit
 def merged_shape(group, words):
-    """Shape of G merged signatures of W words; words come in pairs."""
-    return group + 2, (words + 1) // 2 * 2
+    """Shape of G merged signatures of W words: what `merge` needs."""
+    return group + 2, words
 
 
 @njit
 def merge(sources, merged):
-    """Merge signatures for `add_distances`.
+    """Merge signatures for `hashevict_vllm.kernels.cpu_scan.hamming_scores`.
 
     Args:
         sources: int32 [G, W].
-        merged: int32, of `merged_shape`, zeros in its padding: the majority, then for
-            m = 0, 1, .. the mask of margin G - 2 m.
+        merged: int32, of `merged_shape`, written: the majority, then for m = 0, 1, ..
+            the mask of margin G - 2 m.
 
     """
     group, words = sources.shape
@@ -61,28 +47,3 @@ def merge(sources, merged):
             merged[0, w] |= most
             merged[1 + m, w] |= most
             merged[1 + group - m, w] = np.int32(0)
-
-
-@njit
-def add_distances(tail, base, block_size, words, merged, group, score):
-    """Add the distances of a block's first slots to ``score`` int32 [n].
-
-    ``base`` is the first tail word of the (block, head), ``merged`` as in `merge`.
-    """
-    count = len(score)
-    for w in range(0, words, 2):
-        # An odd last word is paired with itself under a mask of zeros.
-        start = base + w * block_size
-        row = tail[start : start + count]
-        start = base + min(w + 1, words - 1) * block_size
-        next_row = tail[start : start + count]
-        flip, next_flip = merged[0, w], merged[0, w + 1]
-        for m in range(1, (group + 1) // 2 + 1, 2):
-            a, next_a = merged[m, w], merged[m, w + 1]
-            b, next_b = merged[m + 1, w], merged[m + 1, w + 1]
-            margin = np.int32(group - 2 * m + 2)
-            below = margin - np.int32(2)
-            for i in range(count):
-                x, y = row[i] ^ flip, next_row[i] ^ next_flip
-                score[i] += margin * (popcount(x & a) + popcount(y & next_a))
-                score[i] += below * (popcount(x & b) + popcount(y & next_b))

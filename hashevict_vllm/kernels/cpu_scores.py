@@ -15,12 +15,18 @@ from hashevict_vllm.kernels.codes import (
     RANDOM,
     VOTE,
 )
-from hashevict_vllm.kernels.cpu_hamming import add_distances, merge
+from hashevict_vllm.kernels.cpu_hamming import merge
 from hashevict_vllm.kernels.cpu_hash import hash_row, pack_signs, project_rows
-from hashevict_vllm.kernels.cpu_slots import load, load_key, tail_of
+from hashevict_vllm.kernels.cpu_scan import (
+    best_slot,
+    hamming_scores,
+    keep_best,
+    reset_best,
+)
+from hashevict_vllm.kernels.cpu_slots import load_key, tail_of
+from hashevict_vllm.kernels.cpu_tokens import load_queries
 from hashevict_vllm.kernels.jit import inlined
 
-_INT32_MAX = np.int32(2**31 - 1)
 COSINE_UNIT = np.float32(2.0**29)
 """Integer steps of a cosine's score: (cos + 1) times this."""
 
@@ -47,22 +53,13 @@ def describe_key(x, projection, dots, rule, words):
 
 
 @njit
-def load_queries(q, row, head, geometry, x):
-    """The G query rows of a KV head as float32, into ``x`` [G * D]."""
-    dim = geometry[2]
-    group = q.shape[1] // geometry[0]
-    for g in range(group):
-        load(q[row, head * group + g], geometry[7], x[g * dim : (g + 1) * dim])
-
-
-@njit
-def merge_queries(q, row, head, projection, x, dots, sources, geometry, merged):
+def merge_queries(tokens, row, head, projection, x, dots, sources, geometry, merged):
     """Sign the G query heads of a KV head and merge their signatures.
 
     Scratch: ``x`` [G * D], ``dots`` [G * b], ``sources`` [G, W].
     """
     group, b = sources.shape[0], geometry[8]
-    load_queries(q, row, head, geometry, x)
+    load_queries(tokens, row, head, geometry, x)
     project_rows(x, projection, dots, group)
     for g in range(group):
         pack_signs(dots[g * b : (g + 1) * b], sources[g])
@@ -119,44 +116,55 @@ def _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score):
 
 
 @njit
-def _score_block(
-    elements,
+def scan_block(
     tail,
     blocks,
-    j,
+    first,
+    num_slots,
     head,
     merged,
     group,
     t,
-    mean,
-    k_map,
     geometry,
     rule,
-    score,
+    scratch,
+    best,
 ):
-    """Scores of the first ``len(score)`` slots of the request's j-th block."""
+    """Score a block's slots, from ``first`` on, and keep the best of them in ``best``.
+
+    ``scratch`` int32 [N] holds scores; where a rule has none of its own, the caller's.
+    """
     block_size, words = geometry[1], geometry[3]
-    base = tail_of(blocks, j * block_size, head, geometry)
-    count = len(score)
-    score[:] = np.int32(0)
+    count = min(block_size, num_slots - first)
+    base = tail_of(blocks, first, head, geometry)
+    position = base + words * block_size
     if rule[2] <= HAMMING_TO_QUERY:
-        add_distances(tail, base, block_size, words, merged, group, score)
-    elif rule[2] == NORM:
-        row = tail[base : base + count]
-        for i in range(count):
-            score[i] = row[i]
-    elif rule[2] == RANDOM:
-        position = tail[base + words * block_size :]
-        for i in range(count):
-            score[i] = _mix(rule[3], t, position[i])
+        masks, odd = np.int64((group + 1) // 2), np.int64(group % 2)
+        hamming_scores(
+            tail, base, block_size, words, merged, masks, odd, scratch, count
+        )
     elif rule[2] == VOTE:
-        start = base + (words - 1) * block_size
-        row = tail[start : start + count]
-        for i in range(count):
-            score[i] = np.int32(2**15 - 1) - (row[i] >> np.int32(16))
-    elif rule[2] == KEY_DIFF:
-        first = j * block_size
-        _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score)
+        _vote_scores(tail[position - block_size : position], scratch)
+    elif rule[2] == NORM:
+        scratch[:] = tail[base : base + block_size]
+    elif rule[2] == RANDOM:
+        _random_scores(rule[3], t, tail[position : position + block_size], scratch)
+    lowest, highest = np.int64(rule[0]), np.int64(t) - 1 - rule[1]
+    keep_best(scratch, tail, position, count, first, lowest, highest, best)
+
+
+@njit
+def _vote_scores(votes, score):
+    """Fewest votes score highest; int32 [N], the bits of floats."""
+    for i in range(len(score)):
+        score[i] = np.int32(2**15 - 1) - (votes[i] >> np.int32(16))
+
+
+@njit
+def _random_scores(seed, t, position, score):
+    """Scores that depend on nothing but the seed, the step and the position."""
+    for i in range(len(score)):
+        score[i] = _mix(seed, t, position[i])
 
 
 @njit
@@ -173,54 +181,37 @@ def find_victim(
     geometry,
     rule,
     scratch,
+    best,
 ):
     """The unprotected slot with the largest score; ties go to the oldest position.
 
     ``merged`` are the ``group`` signatures compared with, merged by
     `hashevict_vllm.kernels.cpu_hamming`; positions below the sinks or above
-    ``t - 1 - recent`` are protected, slots marked ``~position`` are dead.
+    ``t - 1 - recent`` are protected, slots marked ``~position`` are dead. Scratch:
+    ``scratch`` int32 [N], ``best`` int32 [BEST_SIZE].
     """
-    block_size, words = geometry[1], geometry[3]
-    lowest, highest = np.int32(rule[0]), np.int32(t - 1 - rule[1])
+    block_size = geometry[1]
     mean = np.empty(geometry[2] if rule[2] == KEY_DIFF else 0, np.float32)
     if rule[2] == KEY_DIFF:
         _mean_direction(elements, tail, blocks, num_slots, head, k_map, geometry, mean)
-    best, best_position, best_block = np.int32(-1), _INT32_MAX, 0
-    for j in range((num_slots + block_size - 1) // block_size):
-        count = min(block_size, num_slots - j * block_size)
-        score = scratch[:count]
-        _score_block(
-            elements,
+    scratch[:] = np.int32(0)
+    reset_best(best)
+    for first in range(0, num_slots, block_size):
+        if rule[2] == KEY_DIFF:
+            here = scratch[: min(block_size, num_slots - first)]
+            _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, here)
+        scan_block(
             tail,
             blocks,
-            j,
+            first,
+            num_slots,
             head,
             merged,
             group,
             t,
-            mean,
-            k_map,
             geometry,
             rule,
-            score,
+            scratch,
+            best,
         )
-        start = tail_of(blocks, j * block_size, head, geometry) + words * block_size
-        position = tail[start : start + count]
-        top = np.int32(-1)
-        for i in range(count):
-            allowed = position[i] >= lowest and position[i] <= highest
-            score[i] = score[i] if allowed else np.int32(-1)
-            top = max(top, score[i])
-        if top >= best and top >= 0:
-            oldest = _INT32_MAX
-            for i in range(count):
-                oldest = min(oldest, position[i] if score[i] == top else _INT32_MAX)
-            if top > best or oldest < best_position:
-                best, best_position, best_block = top, oldest, j
-    start = tail_of(blocks, best_block * block_size, head, geometry)
-    start += words * block_size
-    position = tail[start : start + block_size]
-    for i in range(block_size):
-        if position[i] == best_position:
-            return best_block * block_size + i
-    return -1
+    return best_slot(best)

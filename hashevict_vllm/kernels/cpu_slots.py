@@ -50,8 +50,8 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
             builder.module, kind, "llvm.prefetch.p0"
         )
         address = builder.bitcast(builder.gep(data, [args[1]]), i8.as_pointer())
-        one, high, cached = (ir.Constant(i32, n) for n in (1, 3, 1))
-        builder.call(function, [address, one, high, cached])
+        read, second, data_cache = (ir.Constant(i32, n) for n in (0, 2, 1))
+        builder.call(function, [address, read, second, data_cache])
         return context.get_dummy_value()
 
     return types.void(array, index), codegen
@@ -85,10 +85,13 @@ def tail_of(blocks, slot, head, geometry):
 
 
 @njit
-def prefetch_rows(tail, blocks, num_slots, head, geometry, first_row):
-    """Ask for the tail's rows from ``first_row`` on, of all blocks of a KV head."""
+def prefetch_rows(tail, blocks, first, end, head, geometry, first_row):
+    """Ask for the tail's rows from ``first_row`` on, where slots [first, end) lie.
+
+    ``first`` is a block's first slot.
+    """
     block_size, rows = geometry[1], geometry[3] + 1
-    for slot in range(0, num_slots, block_size):
+    for slot in range(first, end, block_size):
         start = tail_of(blocks, slot, head, geometry)
         for word in range(first_row * block_size, rows * block_size, 16):
             prefetch(tail, start + word)
@@ -111,3 +114,31 @@ def load_key(elements, blocks, slot, head, k_map, geometry, out):
     for d in range(len(out)):
         raw[d] = page[at[d]]
     load(raw, geometry[7], out)
+
+
+@njit
+def prefetch_slot(elements, blocks, slot, head, slot_map, geometry):
+    """Ask for the lines of a slot's K or V; ``slot_map`` int32 [N, D] says which."""
+    start = elements_of(blocks, slot, head, geometry)
+    at, last = slot_map[slot % geometry[1]], np.int64(-1)
+    for d in range(len(at)):
+        place = start + at[d]
+        # 64 bytes hold 32 elements of two bytes, and 16 of four.
+        if place // 32 != last:
+            prefetch(elements, place)
+            last = place // 32
+
+
+@njit
+def copy_in(elements, tokens, row, blocks, slot, head, k_map, v_map, geometry):
+    """Write K and V of a token (`hashevict_vllm.kernels.cpu_tokens`) to a slot."""
+    start = elements_of(blocks, slot, head, geometry)
+    page = elements[start : start + 2 * geometry[1] * geometry[2]]
+    at = row * tokens.k_stride + head * geometry[2]
+    key = tokens.k[at : at + geometry[2]]
+    at = row * tokens.v_stride + head * geometry[2]
+    value = tokens.v[at : at + geometry[2]]
+    key_at, value_at = k_map[slot % geometry[1]], v_map[slot % geometry[1]]
+    for d in range(len(key)):
+        page[key_at[d]] = key[d]
+        page[value_at[d]] = value[d]

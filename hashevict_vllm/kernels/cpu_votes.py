@@ -7,55 +7,25 @@ float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
+from hashevict_vllm.kernels.cpu_ballot import (
+    WIDTH,
+    add_rows,
+    double_table,
+    join_rows,
+    raise_votes,
+    softmax_rows,
+)
 from hashevict_vllm.kernels.cpu_frame import split_queries
 from hashevict_vllm.kernels.cpu_hash import project_rows
-from hashevict_vllm.kernels.cpu_scores import load_queries
-from hashevict_vllm.kernels.cpu_slots import tail_of
-from hashevict_vllm.kernels.cpu_vector import add_rows, double_table
-from hashevict_vllm.kernels.jit import inlined
+from hashevict_vllm.kernels.cpu_slots import prefetch_rows, tail_of
+from hashevict_vllm.kernels.cpu_tokens import load_queries
 from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
-_LOG2_E = np.float32(1.4426950408889634)
-
-
-@intrinsic
-def _float_of_bits(typingctx: Any, value: Any) -> Any:
-    """The float32 whose bits an int32 holds."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@inlined
-def _exp(x):
-    """exp(x) for x <= 0 within 3e-7, in operations that vectorise."""
-    y = max(x * _LOG2_E, np.float32(-126.0))
-    n = np.floor(y + np.float32(0.5))
-    r = np.float32((y - n) * np.float32(0.6931471805599453))
-    p = np.float32(1.0 / 5040)
-    p = p * r + np.float32(1.0 / 720)
-    p = p * r + np.float32(1.0 / 120)
-    p = p * r + np.float32(1.0 / 24)
-    p = p * r + np.float32(1.0 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
-    return p * _float_of_bits(np.int32((np.int32(n) + np.int32(127)) << 23))
-
-
-@inlined
-def _signed_byte(word):
-    """The low byte, from -128 to 127; a shift's result is wider than 32 bits here."""
-    return np.int32(((word & np.int32(255)) ^ np.int32(128)) - np.int32(128))
+BALLOT_AHEAD = 8
+"""Blocks that are asked for ahead of the estimate of their logits."""
 
 
 @njit
@@ -73,58 +43,27 @@ def _fill_tables(projected, b, group, first, tables):
     """
     steps = np.zeros(4, np.float32)
     for byte in range(len(tables) // 1024):
-        table = tables[byte * 1024 : byte * 1024 + 1024]
-        table[:4] = np.float32(0)
-        size = 4
+        at, size = byte * 1024, np.int64(4)
+        tables[at : at + 4] = np.float32(0)
         for j in range(byte * 8, byte * 8 + 8):
             for g in range(4):
                 known = first + g < group and j < b
                 steps[g] = projected[(first + g) * b + j] if known else np.float32(0)
-            double_table(table, size, steps)
+            double_table(tables, at, size, steps)
             size *= 2
 
 
-@njit(fastmath={"contract", "reassoc", "nsz"})
-def _logits_of(sums, query, packed, factor, along, logits):
-    """Logits of one of four queries; their maximum.
+@njit
+def _pair_up(along, group, first, scale, lines):
+    """Coordinates of four queries, scaled, axis by axis.
 
-    Args:
-        sums: float32 [n * 4], sum_j t_j s_j.
-        query: Which of the four.
-        packed: int32 [n], see `Described.words`.
-        factor: What length and sum are multiplied by.
-        along: float32 [2], the query's coordinates, scaled.
-        logits: float32 [n], written.
-
+    ``along`` float32 [G * 2]; ``lines`` float32 [2 * 4], written, 0 beyond G.
     """
-    ordered = logits.view(np.int32)
-    first, second = along[0], along[1]
-    top = np.int32(-(2**31))
-    for i in range(len(logits)):
-        word = packed[i]
-        step = _float_of_bits((word >> np.int32(1)) & np.int32(0x7F800000))
-        a = np.float32(_signed_byte(word))
-        b = np.float32(_signed_byte(word >> np.int32(8)))
-        length = np.float32((word >> np.int32(16)) & np.int32(255))
-        hashed = length * factor * sums[4 * i + query]
-        logits[i] = step * (hashed + a * first + b * second)
-    for i in range(len(logits)):
-        # A float's bits order as it does, once those of negative ones are turned round.
-        bits = ordered[i]
-        top = max(top, bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-    return _float_of_bits(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-
-
-@njit(fastmath={"contract", "reassoc", "nsz"})
-def _softmax_into(logits, top, weights, votes):
-    """Raise ``votes`` to at least softmax(logits); all float32 [n], one scratch."""
-    total = np.float32(0)
-    for i in range(len(logits)):
-        weights[i] = _exp(logits[i] - top)
-        total += weights[i]
-    share = np.float32(1) / total
-    for i in range(len(logits)):
-        votes[i] = max(votes[i], weights[i] * share)
+    for axis in range(2):
+        for g in range(4):
+            known = first + g < group
+            value = along[2 * (first + g) + axis] * scale if known else np.float32(0)
+            lines[4 * axis + g] = value
 
 
 @njit(fastmath={"contract", "reassoc", "nsz"})
@@ -149,7 +88,7 @@ def _fade_and_add(votes, position, oldest_new, decay, mean, new_votes):
 @njit
 def cast_votes(
     tail,
-    q,
+    tokens,
     row,
     blocks,
     num_slots,
@@ -169,42 +108,45 @@ def cast_votes(
     """
     block_size, words = geometry[1], geometry[3]
     hashed = words - 2
-    group = q.shape[1] // geometry[0]
+    group = tokens.group
     dim, bits = geometry[2], geometry[8]
     as_float = tail.view(np.float32)
+    room = (num_slots + block_size - 1) // block_size * block_size
     x, projected = np.empty(group * dim, np.float32), np.empty(group * bits, np.float32)
-    tables = np.empty(hashed * 4096, np.float32)
-    sums = np.empty(4 * block_size, np.float32)
-    logits, tops = np.empty((4, num_slots), np.float32), np.empty(4, np.float32)
-    weights, votes = np.empty(num_slots, np.float32), np.zeros(num_slots, np.float32)
-    along = np.empty(2 * group, np.float32)
-    load_queries(q, row, head, geometry, x)
+    tables, logits = np.empty(hashed * 4096, np.float32), np.empty(4 * room, np.float32)
+    sums, shares = np.empty(WIDTH, np.float32), np.empty(4, np.float32)
+    votes = np.zeros(room, np.float32)
+    along, lines = np.empty(2 * group, np.float32), np.empty(8, np.float32)
+    load_queries(tokens, row, head, geometry, x)
     split_queries(x, frame, group, along)
-    along *= strengths[2]
     project_rows(x, projection, projected, group)
     for first_query in range(0, group, 4):
-        four = min(4, group - first_query)
         _fill_tables(projected, bits, group, first_query, tables)
-        tops[:] = np.float32(-np.inf)
+        _pair_up(along, group, first_query, strengths[2], lines)
+        logits[:] = np.float32(0)
         for first in range(0, num_slots, block_size):
-            end = min(first + block_size, num_slots)
+            prefetch_rows(
+                tail,
+                blocks,
+                first + BALLOT_AHEAD * block_size,
+                min(num_slots, first + (BALLOT_AHEAD + 1) * block_size),
+                head,
+                geometry,
+                0,
+            )
             base = tail_of(blocks, first, head, geometry)
-            here = sums[: 4 * (end - first)]
-            here[:] = np.float32(0)
             for w in range(hashed):
                 at = base + w * block_size
-                signatures = tail[at : at + end - first]
-                add_rows(signatures, tables[w * 4096 : w * 4096 + 4096], here)
+                add_rows(tail, at, block_size, tables, w * 4096, logits, 4 * first)
             at = base + hashed * block_size
-            packed = tail[at : at + end - first]
-            for g in range(four):
-                coordinates = along[2 * (first_query + g) : 2 * (first_query + g) + 2]
-                top = _logits_of(
-                    here, g, packed, strengths[0], coordinates, logits[g, first:end]
-                )
-                tops[g] = max(tops[g], top)
-        for g in range(four):
-            _softmax_into(logits[g], tops[g], weights, votes)
+            join_rows(logits, 4 * first, tail, at, block_size, strengths[0], lines)
+        logits[4 * num_slots :] = np.float32(-np.inf)
+        softmax_rows(logits, sums)
+        for g in range(4):
+            total = sums[g] + sums[g + 4] + sums[g + 8] + sums[g + 12]
+            # Queries beyond the group have no say.
+            shares[g] = np.float32(1) / total if first_query + g < group else 0
+        raise_votes(logits, shares, votes)
     # In a segment every slot is older than this, and nothing fades.
     oldest_new, decay, mean = np.int32(2**31 - 1), np.float32(1), np.float32(0)
     if t >= 0:

@@ -12,16 +12,12 @@ from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.cache.page import WORD_BYTES, LayerPages, tail_bytes
 from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
+from hashevict_vllm.kernels.cpu_tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
 
 POISON = 0x5A
-
-
-def raw(x: torch.Tensor) -> np.ndarray:
-    """Bits of a float tensor as unsigned integers."""
-    bits = torch.int32 if x.element_size() == 4 else torch.int16
-    return x.contiguous().view(bits).numpy().view(f"u{x.element_size()}")
 
 
 def tail_view(pages: LayerPages) -> np.ndarray:
@@ -48,7 +44,9 @@ class PagedLayer:
         head_dim: int,
         block_size: int,
         dtype: torch.dtype,
+        threads: int = 1,
     ) -> None:
+        self.threads = threads
         self.policy, self.prompt_lens = policy, prompt_lens
         self.heads, self.head_dim, self.block_size = heads, head_dim, block_size
         self.dtype = dtype
@@ -95,7 +93,7 @@ class PagedLayer:
             plen = self.prompt_lens[request]
             pieces.append(list(cut_chunk(self.policy, request, row, start, end, plen)))
             row += len(k)
-        q, k, v = (raw(torch.cat(x).to(self.dtype)) for x in zip(*chunks, strict=True))
+        q, k, v = (torch.cat(x).to(self.dtype) for x in zip(*chunks, strict=True))
         for together in zip_longest(*pieces):
             self._round([piece for piece in together if piece is not None], q, k, v)
 
@@ -111,13 +109,16 @@ class PagedLayer:
             self.pages.kernel_geometry,
             self.rule,
             self.strengths,
+            np.array([find_team()[0], self.threads], np.int64),
         )
+        # A model's q, k and v are slices of one projection: rows do not lie together.
+        joined = torch.cat([q, k, v], dim=1)
+        sizes = [x.shape[1] for x in (q, k, v)]
+        places = addresses(*joined.split(sizes, dim=1))
         cpu.write_tokens(
             self.pages.elements,
             self.pages.tail,
-            q,
-            k,
-            v,
+            places,
             arrays["token_rows"],
             arrays["positions"],
             arrays["slots"],
@@ -129,7 +130,7 @@ class PagedLayer:
         cpu.replay_segments(
             self.pages.elements,
             self.pages.tail,
-            q,
+            places,
             arrays["replay"],
             *common,
             self.policy.budget,
