@@ -23,12 +23,14 @@ from hashevict_vllm.eval.offline.rules.vote import (
     ExactVoteRule,
     HammingVoteRule,
     VoteRule,
+    WholeVoteRule,
 )
 
 BASELINES: dict[str, type[Rule]] = {
     "vote": VoteRule,
     "vote-exact": ExactVoteRule,
     "vote-cosine": CosineVoteRule,
+    "vote-whole": WholeVoteRule,
     "vote-hamming": HammingVoteRule,
     "h2o": H2O,
     "observed-attention": ObservedAttention,

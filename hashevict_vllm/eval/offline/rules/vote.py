@@ -14,7 +14,7 @@ from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
 from hashevict_vllm.policies.frame import KeyFrame
-from hashevict_vllm.policies.vote import Vote
+from hashevict_vllm.policies.vote import Vote, estimate_scale
 
 
 class ExactVote(Vote):
@@ -41,6 +41,22 @@ class CosineVote(Vote):
         norm = k.norm(dim=-1, keepdim=True)
         unit = k / norm.clamp_min(1e-12)
         return q @ unit.transpose(1, 2) * norm.mean(1, keepdim=True)
+
+
+class WholeVote(Vote):
+    """Keys are centred and hashed whole: what coordinates along axes are worth."""
+
+    def dot_products(
+        self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Vote.dot_products`."""
+        k = k - KeyFrame.of(k, self.policy.sinks).centre[:, None].float()
+        signs = signature_bits(k, projection).float() * 2 - 1
+        c = estimate_scale(
+            self.policy.hash_bits, q.shape[-1], orthogonal=self.policy.orthogonal
+        )
+        estimates = (q @ projection) @ signs.transpose(1, 2) * c
+        return estimates * k.norm(dim=-1)[:, None]
 
 
 class HammingVote(Vote):
@@ -141,6 +157,13 @@ class CosineVoteRule(VoteRule):
     label = "vote, exact cosine (offline)"
     vote = CosineVote
     hashes = False
+
+
+class WholeVoteRule(VoteRule):
+    """The same votes from signatures of whole keys and their norms."""
+
+    label = "vote, keys hashed whole (offline)"
+    vote = WholeVote
 
 
 class HammingVoteRule(VoteRule):
