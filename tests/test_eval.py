@@ -15,6 +15,7 @@ from support.models import add_byte_tokenizer, make_llama, random_prompt
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.eval import data, grid
 from hashevict_vllm.eval.aggregate import aggregate
+from hashevict_vllm.eval.compare import compare
 from hashevict_vllm.eval.engine import EngineOptions, answer, engine
 from hashevict_vllm.eval.records import KEY_FIELDS, Store, latest
 from hashevict_vllm.eval.report import write_report
@@ -325,6 +326,29 @@ def test_intervals_widen_with_the_spread_of_samples() -> None:
     assert figure.value == 0.5
     assert figure.n == 20
     assert 0.2 < figure.low < 0.4 < 0.6 < figure.high < 0.8
+
+
+def test_a_difference_is_drawn_for_both_policies_at_once() -> None:
+    tasks = {name: Task(name, None, None) for name in ("a/one", "b/two")}  # type: ignore[arg-type]
+    scores = {"full": lambda i: 1.0, "hashevict": lambda i: 0.5 + i % 2 / 2}
+    scores["worse"] = lambda i: i % 2 / 2 + 0.25
+    records = [
+        _record(policy, name, i, score(i), 1.0)
+        for policy, score in scores.items()
+        for name in tasks
+        for i in range(20)
+    ]
+    records += [_record("unfinished", "a/one", i, 1.0, 1.0) for i in range(20)]
+    # Samples that only one of the two has are left out.
+    records += [_record("hashevict", "a/one", 20, 0.0, 1.0)]
+    (found,) = compare(records, tasks)
+    assert found.policy == "worse"
+    assert found.mean.n == 40
+    for figure in (found.mean, *found.families.values()):
+        # Each alone is uncertain; sample by sample they are a quarter apart.
+        assert figure.value == pytest.approx(0.25)
+        assert figure.low == pytest.approx(0.25)
+        assert figure.high == pytest.approx(0.25)
 
 
 def test_an_unfinished_policy_has_no_mean() -> None:

@@ -91,6 +91,23 @@ def aggregate(
     several seeds are pooled. Offline records (`hashevict_vllm.eval.offline`) are set
     against the full cache run offline: other kernels round otherwise.
     """
+    by_cell, full_of, weak = sort_out(records, tasks)
+    order = sorted(by_cell, key=lambda k: (k[2], k[1] is not None, k[0], k[1] or 0))
+    lines = [
+        _line(key[:3], by_cell[key], full_of[key[2:]], weak[key[2]], tasks)
+        for key in order
+        if key[2:] in full_of
+    ]
+    return lines, weak
+
+
+def sort_out(
+    records: Iterable[Record], tasks: dict[str, Task]
+) -> tuple[dict[tuple, Cell], dict[tuple, Cell], dict[int, list[str]]]:
+    """Records by cell: (policy, budget, length, way); the full cache's; weak tasks.
+
+    The full cache's are keyed by (length, way).
+    """
     by_cell: dict[tuple, Cell] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         way = record.get("way", SERVED)
@@ -110,40 +127,25 @@ def aggregate(
         ]
         for length, cell in full.items()
     }
-    order = sorted(by_cell, key=lambda k: (k[2], k[1] is not None, k[0], k[1] or 0))
-    lines = [
-        _line(key[:3], by_cell[key], full_of[key[2:]], weak[key[2]], tasks)
-        for key in order
-        if key[2:] in full_of
-    ]
-    return lines, weak
+    return by_cell, full_of, weak
 
 
 def _line(
     key: tuple, cell: Cell, full: Cell, weak: list[str], tasks: dict[str, Task]
 ) -> Line:
     label, budget, length = key
-    rng = np.random.default_rng(0)
-    pairs = {
-        name: [(cell[name][i], full[name][i]) for i in sorted(cell[name]) if i in both]
-        for name in tasks
-        if (both := cell.get(name, {}).keys() & full.get(name, {}).keys())
-    }
-    by_nll = {name for name in pairs if tasks[name].metric != "score" or name in weak}
-    drawn = {
-        name: _drawn(found, budget, name in by_nll, rng)
-        for name, found in pairs.items()
-    }
+    pairs = pairs_of(cell, full, tasks)
+    drawn = relative_of(pairs, budget, weak, tasks)
     counts = {name: len(found) for name, found in pairs.items()}
-    strong = _families(drawn, counts, tasks, [n for n in drawn if n not in weak])
-    every = _families(drawn, counts, tasks, list(drawn))
+    strong = families_of(drawn, counts, tasks, [n for n in drawn if n not in weak])
+    every = families_of(drawn, counts, tasks, list(drawn))
     finished = all(name in drawn for name in tasks if name in full)
     return Line(
         label,
         budget,
         length,
-        {name: _figure(values, counts[name]) for name, values in drawn.items()},
-        {family: _figure(*value) for family, value in strong.items()},
+        {name: figure_of(values, counts[name]) for name, values in drawn.items()},
+        {family: figure_of(*value) for family, value in strong.items()},
         _mean(strong) if strong and finished else None,
         _mean(every) if finished else None,
         {
@@ -158,8 +160,32 @@ def _line(
     )
 
 
+Pairs = dict[str, list[tuple[Record, Record]]]
+"""By task, the policy's record and the full cache's of the same sample."""
+
 Drawn = np.ndarray
 """A relative figure on all samples, then on `RESAMPLES` resamples of them."""
+
+
+def pairs_of(cell: Cell, full: Cell, tasks: dict[str, Task]) -> Pairs:
+    """Pair a policy's records with the full cache's."""
+    return {
+        name: [(cell[name][i], full[name][i]) for i in sorted(cell[name]) if i in both]
+        for name in tasks
+        if (both := cell.get(name, {}).keys() & full.get(name, {}).keys())
+    }
+
+
+def relative_of(
+    pairs: Pairs, budget: int | None, weak: list[str], tasks: dict[str, Task]
+) -> dict[str, Drawn]:
+    """Figures by task; the same samples are drawn for the same numbers of them."""
+    rng = np.random.default_rng(0)
+    by_nll = {name for name in pairs if tasks[name].metric != "score" or name in weak}
+    return {
+        name: _drawn(found, budget, name in by_nll, rng)
+        for name, found in pairs.items()
+    }
 
 
 def _drawn(
@@ -185,12 +211,13 @@ Families = dict[str, tuple[Drawn, int]]
 """Figures and numbers of samples."""
 
 
-def _families(
+def families_of(
     drawn: dict[str, Drawn],
     counts: dict[str, int],
     tasks: dict[str, Task],
     names: list[str],
 ) -> Families:
+    """Families of some tasks: unweighted means of their figures."""
     grouped: dict[str, list[str]] = defaultdict(list)
     for name in names:
         grouped[tasks[name].family].append(name)
@@ -213,9 +240,10 @@ def _nll(record: Record, budget: int | None) -> float:
 
 def _mean(families: Families) -> Figure:
     values = np.mean([values for values, _ in families.values()], axis=0)
-    return _figure(values, sum(n for _, n in families.values()))
+    return figure_of(values, sum(n for _, n in families.values()))
 
 
-def _figure(drawn: Drawn, n: int) -> Figure:
+def figure_of(drawn: Drawn, n: int) -> Figure:
+    """Value and interval."""
     low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
     return Figure(float(drawn[0]), float(low), float(high), n)

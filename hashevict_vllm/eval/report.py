@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hashevict_vllm.eval.aggregate import WEAK, Figure, Line, aggregate
+from hashevict_vllm.eval.compare import OURS, Difference, compare
 from hashevict_vllm.eval.records import Record, latest
 from hashevict_vllm.eval.tasks.base import Task
 
@@ -19,11 +20,13 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     records = latest(records)
     lines, weak = aggregate(records, tasks)
+    differences = compare(records, tasks)
     parts = [_head(records, command)]
     for length in sorted({line.length for line in lines}):
         here = [line for line in lines if line.length == length]
         plots = _plots(here, length, directory)
         parts += [_section(here, weak.get(length, []), tasks, length)]
+        parts += _differences([d for d in differences if d.length == length])
         parts += [f"![{path.stem}]({path.name})" for path in plots]
     path = directory / "report.md"
     path.write_text("\n\n".join(parts) + "\n")
@@ -86,6 +89,23 @@ def _section(
     rows = [[*_row_head(x), *(_plain(x, n, tasks[n]) for n in names)] for x in lines]
     parts.append(_table([*_HEAD, *names], rows))
     return "\n\n".join(parts)
+
+
+def _differences(differences: list[Difference]) -> list[str]:
+    """A table of what the default rule is ahead of the other policies."""
+    if not differences:
+        return []
+    families = list(dict.fromkeys(f for d in differences for f in d.families))
+    rows = [
+        [d.policy, f"{d.budget} ({d.budget / d.length:.0%})", _show(d.mean)]
+        + [_show(d.families.get(family)) for family in families]
+        for d in differences
+    ]
+    return [
+        f"### `{OURS}` less the others, in points",
+        "On the samples that both have finished; intervals are of the difference.",
+        _table([*_HEAD, "mean", *families], rows),
+    ]
 
 
 _HEAD = ["policy", "budget"]
