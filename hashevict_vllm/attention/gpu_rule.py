@@ -39,7 +39,7 @@ def device_rule(policy: ResolvedKVPolicy) -> DeviceRule:
 
 
 def vote_factor(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> float:
-    """What estimated logits are multiplied with: softmax scale times c."""
+    """What estimates of hashed rests are multiplied with: softmax scale times c."""
     if not policy.votes:
         return 0.0
     return scale * estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
