@@ -91,7 +91,7 @@ class DeviceConstants:
             rule=rule,
             projection=projection.to(device),
             scale=layer.impl.scale,
-            factor=vote_factor(policy, layer.impl.scale, spec.head_size),
+            factor=vote_factor(policy, spec.head_size),
             decay=policy.decay,
             bound=min(policy.budget + segment, max(longest, policy.budget)),
             signatures=ints(tokens, heads, group + 1, rule.hashed),

@@ -97,7 +97,7 @@ class TritonLayer:
         self.projection = make_projection(
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
-        self.factor = vote_factor(policy, SCALE, head_dim)
+        self.factor = vote_factor(policy, head_dim)
         self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if cache_dtype is not None:
             self.scales = (torch.tensor([0.5]), torch.tensor([0.25]))

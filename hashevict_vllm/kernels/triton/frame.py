@@ -17,7 +17,7 @@ FRAME_VECTORS = tl.constexpr(3)
 """Centre and two axes."""
 
 _PARALLEL = tl.constexpr(PARALLEL)
-_AT_ONCE = tl.constexpr(8)
+_AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit

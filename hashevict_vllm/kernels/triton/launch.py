@@ -14,6 +14,9 @@ SCAN_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 """A program has 256 threads. Without a bound ptxas spills a register here and there to
 fit one more program on a multiprocessor; with it none of the kernels does."""
 
+FRAME_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+"""Bounded as scans are: it needs half of that."""
+
 DESCRIBE_OPTIONS = {"num_warps": 4, "num_stages": 2}
 """With three stages tiles of float64 would take more than 48 KiB of shared memory."""
 

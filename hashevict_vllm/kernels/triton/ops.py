@@ -172,7 +172,7 @@ def write(
         projection: float32 [D, b].
         slots: int32 [T, Hkv], written by rules that vote, for `describe`.
         scale: Softmax scale.
-        factor: It times `hashevict_vllm.policies.vote.estimate_scale`.
+        factor: See `hashevict_vllm.policies.vote.estimate_scale`.
         decay: Factor on earlier votes.
         rule: See the module.
         bound: See the module.
@@ -287,7 +287,7 @@ def describe(
             DIM=head_dim,
             DIM_PADDED=launch.padded(head_dim),
             N=tail.shape[3],
-            num_warps=4,
+            **launch.FRAME_OPTIONS,
         )
     tokens = launch.describe_tokens(num_tokens)
     programs = triton.cdiv(num_tokens, tokens)

@@ -22,76 +22,8 @@ from hashevict_vllm.kernels.triton.pieces import (
     SLOT,
     START,
 )
+from hashevict_vllm.kernels.triton.queries import project_queries
 from hashevict_vllm.kernels.triton.slots import meta_of
-
-
-@triton.jit
-def _queries(q, q_head_stride, member, dims, DIM: tl.constexpr, GROUP: tl.constexpr):
-    """Elements float32 [G', n] of a group's queries."""
-    return tl.load(
-        q + member[:, None] * q_head_stride + dims[None, :],
-        mask=(member < GROUP)[:, None] & (dims < DIM)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-
-
-@triton.jit
-def _axes(frame, dims, DIM: tl.constexpr):
-    """Elements float32 [1, n] of both axes."""
-    one = tl.load(frame + DIM + dims, mask=dims < DIM, other=0.0)
-    two = tl.load(frame + 2 * DIM + dims, mask=dims < DIM, other=0.0)
-    return one.to(tl.float32)[None, :], two.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _project_queries(
-    q,
-    q_head_stride,
-    frame,
-    projection,
-    projected,
-    scale,
-    factor,
-    length,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Write what of a group's queries meets slots: ``projected`` float32 [b + 2, G'].
-
-    They are ``factor rest . r_j``, then ``scale`` times the coordinates along the axes
-    of the frame (`KeyFrame.split`). In float32 throughout, as signatures are. Ends with a barrier.
-    """
-    member, step = tl.arange(0, MEMBERS), tl.arange(0, STEP)
-    d = tl.arange(0, DIM_PADDED)
-    x = _queries(q, q_head_stride, member, d, DIM, GROUP)
-    one, two = _axes(frame, d, DIM)
-    along_one, along_two = tl.sum(x * one, 1), tl.sum(x * two, 1)
-    tl.store(projected + BITS * MEMBERS + member, along_one * scale)
-    tl.store(projected + (BITS + 1) * MEMBERS + member, along_two * scale)
-    for w in tl.static_range((BITS + 31) // 32):
-        column = w * 32 + tl.arange(0, 32)
-        dots = tl.zeros([MEMBERS, 32], tl.float32)
-        for first in tl.range(0, length, STEP, num_stages=1):
-            dims = first + step
-            rest = _queries(q, q_head_stride, member, dims, DIM, GROUP)
-            first_axis, second_axis = _axes(frame, dims, DIM)
-            rest -= along_one[:, None] * first_axis + along_two[:, None] * second_axis
-            r = tl.load(
-                projection + dims[:, None] * BITS + column[None, :],
-                mask=(dims < DIM)[:, None] & (column < BITS)[None, :],
-                other=0.0,
-            )
-            dots = tl.dot(rest, r, dots, input_precision="ieee")
-        tl.store(
-            projected + column[None, :] * MEMBERS + member[:, None],
-            dots * factor,
-            mask=(column < BITS)[None, :] & (member >= 0)[:, None],
-        )
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -110,7 +42,7 @@ def estimated_logits(
     Args:
         meta: Pointers [n] to the slots' first words (`meta_of`).
         used: bool [n].
-        projected: float32 pointer [b + 2, G'], see `_project_queries`.
+        projected: float32 pointer [b + 2, G'], see `project_queries`.
         member: int32 [G'], its columns.
         bits: b, unknown to the compiler, which would unroll the sum and spill.
         word_stride: Words between two words of a slot.
@@ -131,7 +63,8 @@ def estimated_logits(
             total += tl.where(is_set[None, :], t[:, None], -t[:, None])
     numbers = tl.load(meta + hashed * word_stride, mask=used, other=0)
     total *= (numbers >> 16 & 255).to(tl.float32)[None, :]
-    for axis in tl.static_range(2):  # two signed bytes, the lower first
+    # Two signed bytes, the lower first; unrolled, this spills too.
+    for axis in range(tl.minimum(bits, 2)):
         along = (numbers << (24 - 8 * axis) >> 24).to(tl.float32)
         t = tl.load(projected + (BITS + axis) * MEMBERS + member)
         total += t[:, None] * along[None, :]
@@ -186,7 +119,7 @@ def cast_votes(
         projection: float32 pointer [D, b].
         projected: float32 pointer [b + 2, G'], scratch of this program.
         scale: Softmax scale.
-        factor: It times `hashevict_vllm.policies.vote.estimate_scale`.
+        factor: See `hashevict_vllm.policies.vote.estimate_scale`.
         bits: See `estimated_logits`.
         length: D, likewise unknown to the compiler.
         decay: Factor on earlier votes.
@@ -208,7 +141,7 @@ def cast_votes(
 
     """
     lane, member = tl.arange(0, TILE), tl.arange(0, MEMBERS)
-    _project_queries(
+    project_queries(
         q,
         q_head_stride,
         frame,
