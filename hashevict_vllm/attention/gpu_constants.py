@@ -25,6 +25,7 @@ class DeviceConstants:
     Attributes:
         rule: What the kernels are compiled for.
         projection: float32 [D, b].
+        scale: Softmax scale.
         factor: See `vote_factor`.
         decay: Factor on earlier votes.
         bound: Most slots of any request.
@@ -41,6 +42,7 @@ class DeviceConstants:
 
     rule: DeviceRule
     projection: torch.Tensor
+    scale: float
     factor: float
     decay: float
     bound: int
@@ -88,7 +90,8 @@ class DeviceConstants:
         return cls(
             rule=rule,
             projection=projection.to(device),
-            factor=vote_factor(policy, layer.impl.scale, spec.head_size),
+            scale=layer.impl.scale,
+            factor=vote_factor(policy, spec.head_size),
             decay=policy.decay,
             bound=min(policy.budget + segment, max(longest, policy.budget)),
             signatures=ints(tokens, heads, group + 1, rule.hashed),

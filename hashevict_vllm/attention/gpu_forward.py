@@ -64,7 +64,13 @@ class DeviceImplMixin(UnsharedCacheMixin):
         if constants.rule.signs:
             ops.sign(query, key, constants.projection, *signed, rule)
         cache = (pages.k, pages.v, pages.tail)
-        votes = (constants.factor, constants.decay, rule, constants.bound)
+        votes = (
+            constants.scale,
+            constants.factor,
+            constants.decay,
+            rule,
+            constants.bound,
+        )
         projection, slots = constants.projection, constants.slots[:tokens]
         table, scales = attn_metadata.block_table, self._scales(layer)
         for step in attn_metadata.rounds:
@@ -102,6 +108,8 @@ class DeviceImplMixin(UnsharedCacheMixin):
                     signed[0],
                     step.reduced,
                     table,
+                    pages.k,
+                    scales[0],
                     pages.tail,
                     projection,
                     *votes,

@@ -38,8 +38,8 @@ def device_rule(policy: ResolvedKVPolicy) -> DeviceRule:
     )
 
 
-def vote_factor(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> float:
-    """What estimated logits are multiplied with: softmax scale times c."""
+def vote_factor(policy: ResolvedKVPolicy, head_dim: int) -> float:
+    """What estimates of hashed rests are multiplied with; see `estimate_scale`."""
     if not policy.votes:
         return 0.0
-    return scale * estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
+    return estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.host import forbidden_on_host
 from support.oracle import resolve
-from support.paged_triton import TritonLayer
+from support.paged_triton import SCALE, TritonLayer
 
 from hashevict_vllm.attention.gpu_rule import device_rule
 from hashevict_vllm.attention.plan import Piece, cut_chunk
@@ -172,7 +172,7 @@ def test_decode_never_asks_the_host_for_a_value(scoring: str) -> None:
         slots = device(torch.zeros(2, 1, **ints))
         ops.write(
             q, k, v, *signed, plan[1], plan[3], table, *cache, None, None, projection,
-            slots, layer.factor, policy.decay, rule, layer.bound, True,
+            slots, SCALE, layer.factor, policy.decay, rule, layer.bound, True,
         )  # fmt: skip
         if layer.rule.votes:
             ops.describe(

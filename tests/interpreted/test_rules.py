@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from support.oracle import resolve
 from support.paged_triton import LAYOUTS, POISON, SCALE, TritonLayer
 
+from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
 from hashevict_vllm.kernels.triton import launch
+from hashevict_vllm.policies.frame import KeyFrame
 from hashevict_vllm.policies.reference import ReferenceLayer
 
 # bfloat16 too: the interpreter cannot calculate in it, but the kernels, which only
@@ -29,6 +33,32 @@ RULES: dict[str, dict[str, Any]] = {
     "norm": {"name": "l2_norm"},
     "random": {"name": "random", "seed": 3},
 }
+
+
+KEYS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "no first key": lambda k: k * (torch.arange(len(k)) > 0)[:, None, None],
+    "no other sinks": lambda k: k * (torch.arange(len(k)) // 20 != 0)[:, None, None],
+    "parallel sinks": lambda k: torch.cat(
+        [2 * k[:1], k[:1].expand(19, -1, -1), k[20:]]
+    ),
+    "all parallel": lambda k: k[:1] * torch.linspace(-2, 3, len(k))[:, None, None],
+    "all equal": lambda k: k[:1].expand(len(k), -1, -1),
+    "along the first alone": lambda k: torch.cat([100 * k[:1], k[1:] + 100 * k[:1]]),
+    "so large that a step's exponent has its highest bit": lambda k: k * 1e30,
+    "so small that a step is zero": lambda k: k * 1e-38,
+}
+"""Twenty sinks and what follows them, where a frame or a number degenerates."""
+
+
+def check_words(words: torch.Tensor, k: torch.Tensor, policy: ResolvedKVPolicy) -> None:
+    """Signature and numbers [Hkv, n, W - 1] are those that the oracle gives to k."""
+    described = KeyFrame.of(k, policy.sinks).describe(k)
+    assert torch.equal(words[..., -1], described.words)
+    projection = make_projection(
+        k.shape[-1], policy.hash_bits, policy.seed, policy.orthogonal
+    )
+    signatures = pack_bits(signature_bits(described.rest, projection))
+    assert torch.equal(words[..., :-1], signatures)
 
 
 def run(
@@ -73,16 +103,14 @@ def run(
             oracle.forward(q[t : t + 1], k[t : t + 1], v[t : t + 1], SCALE)
         position, words, k_live, v_live = layer.live(i)
         assert torch.equal(position.long(), oracle.slots.position)
-        described = not resolved.votes or len(oracle.slots) >= resolved.sinks
-        if resolved.votes and described:
-            centred = oracle.rule.centred_keys(oracle.slots)
-            oracle.slots.bits = signature_bits(centred, oracle.projection)
-        if oracle.rule.projected_bits and described:
+        if resolved.votes:
+            if len(oracle.slots) >= resolved.sinks:
+                check_words(words[..., :-1], oracle.slots.k, resolved)
+                votes = words[..., -1:].contiguous().view(torch.float32)[..., 0]
+                torch.testing.assert_close(votes, oracle.slots.votes)
+        elif oracle.rule.projected_bits:
             packed = pack_bits(oracle.slots.bits)
             assert torch.equal(words[..., : packed.shape[-1]], packed)
-        if resolved.votes and described:
-            votes = words[..., -1:].contiguous().view(torch.float32)[..., 0]
-            torch.testing.assert_close(votes, oracle.slots.votes)
         assert torch.equal(k_live.float(), oracle.slots.k)
         assert torch.equal(v_live.float(), oracle.slots.v)
     assert layer.untouched()
@@ -177,14 +205,31 @@ def test_kernels_equal_the_oracle_for_every_head_and_block_size(
     )
 
 
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_are_described_as_by_the_oracle_where_a_frame_degenerates(
+    name: str,
+) -> None:
+    torch.manual_seed(0)
+    policy = resolve(
+        {"scoring": "vote", "budget": 60, "sinks": 20, "recent": 8, "hash_bits": 36}, 16
+    )
+    layer = TritonLayer(policy, [40], [40], 2, 1, 24, 16, torch.float32)
+    k = KEYS[name](torch.randn(40, 2, 24))
+    layer.step([(torch.randn(k.shape), k, k)])
+    _, words, k_live, _ = layer.live(0)
+    assert torch.equal(k_live, k.transpose(0, 1))
+    check_words(words[..., :-1], k_live, policy)
+
+
+@pytest.mark.parametrize("rule", ["query", "vote"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_quantised_slots_hold_what_was_written_divided_by_its_scale(
-    dtype: torch.dtype,
+    dtype: torch.dtype, rule: str
 ) -> None:
     torch.manual_seed(0)
     budget, total = 24, 40
     policy = resolve(
-        {"scoring": "instant", "budget": budget, "segment": 16, "recent": 2}, 16
+        {"budget": budget, "segment": 16, "sinks": 4, "recent": 4, **RULES[rule]}, 16
     )
     layer = TritonLayer(
         policy, [30], [total], 1, 2, 16, 16, torch.float32, cache_dtype=dtype
@@ -195,15 +240,17 @@ def test_quantised_slots_hold_what_was_written_divided_by_its_scale(
     q, k, v = exact[0], exact[1, :, :1] * k_scale, exact[2, :, :1] * v_scale
     layer.step([(q[:30], k[:30], v[:30])])
     oracle = ReferenceLayer(policy, 30, 1, 16)
-    oracle.forward(q[:30], k[:30], v[:30], 1.0)
+    oracle.forward(q[:30], k[:30], v[:30], SCALE)
     for t in range(30, total):
         row = slice(t, t + 1)
         layer.step([(q[row], k[row], v[row])])
-        oracle.forward(q[row], k[row], v[row], 1.0)
-    position, _, k_live, v_live = layer.live(0)
+        oracle.forward(q[row], k[row], v[row], SCALE)
+    position, words, k_live, v_live = layer.live(0)
     assert torch.equal(position.long(), oracle.slots.position)
     assert torch.equal(k_live.float() * k_scale, oracle.slots.k)
     assert torch.equal(v_live.float() * v_scale, oracle.slots.v)
+    if policy.votes:
+        check_words(words[..., :-1], oracle.slots.k, policy)
     assert layer.untouched()
 
 

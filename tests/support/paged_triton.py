@@ -97,7 +97,7 @@ class TritonLayer:
         self.projection = make_projection(
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
-        self.factor = vote_factor(policy, SCALE, head_dim)
+        self.factor = vote_factor(policy, head_dim)
         self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if cache_dtype is not None:
             self.scales = (torch.tensor([0.5]), torch.tensor([0.25]))
@@ -163,7 +163,7 @@ class TritonLayer:
             ops.sign(q, k, self.projection, signatures, squares, rule)
         pages = self.pages
         cache = (pages.k, pages.v, pages.tail)
-        votes = (self.factor, self.policy.decay, rule, self.bound)
+        votes = (SCALE, self.factor, self.policy.decay, rule, self.bound)
         slots = poisoned(tokens, heads)
         for index, scan in enumerate(scans):
             ops.plan(*arguments, index == 0)
@@ -200,6 +200,8 @@ class TritonLayer:
                 signatures,
                 pieces,
                 self.block_table,
+                pages.k,
+                self.scales[0],
                 pages.tail,
                 self.projection,
                 *votes,

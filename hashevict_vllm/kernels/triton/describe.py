@@ -1,9 +1,7 @@
-"""Signatures and norms of centred keys, for rules that vote.
+"""What a slot keeps of its key, for rules that vote (`hashevict_vllm.policies.frame`).
 
-See `hashevict_vllm.policies.vote.Vote.centred_keys`. Sinks are appended first and never
-evicted or moved, so slot i holds position i, and their mean key can be read again from
-the page at every step. Keys are read where `write` has put them: those of a prompt's
-first chunk and its sinks arrive in one launch.
+Keys are read where `write` has put them: those of a prompt's first chunk and its sinks
+arrive in one launch. Their frames come from `hashevict_vllm.kernels.triton.frame`.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, key_rows, load_key
 from hashevict_vllm.kernels.triton.pieces import (
     COUNT,
     NUM_COLUMNS,
@@ -22,34 +21,61 @@ from hashevict_vllm.kernels.triton.slots import meta_of
 
 
 @triton.jit
-def _keys(
+def _centred(
+    frame,
     k_cache,
     k_scale,
-    table,
-    slots,
+    rows,
     used,
     dims,
-    head,
-    block_stride,
-    head_stride,
-    slot_stride,
+    SINKS: tl.constexpr,
     DIM: tl.constexpr,
-    N: tl.constexpr,
 ):
-    """Elements float32 [M, n] of stored keys; ``table`` are pointers [M]."""
-    block = tl.load(table + slots // N, mask=used, other=0).to(tl.int64)
-    rows = block * block_stride + head * head_stride + slots % N * slot_stride
-    x = tl.load(
-        k_cache + rows[:, None] + dims[None, :],
-        mask=used[:, None] & (dims < DIM)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    return x if k_scale is None else x * tl.load(k_scale)
+    """Elements float64 [M, n] of keys less their centre, and of the two axes."""
+    inside = used[:, None] & (dims < DIM)[None, :]
+    x = load_key(k_cache, k_scale, rows[:, None] + dims[None, :], inside)
+    one, two = tl.zeros_like(x), tl.zeros_like(x)
+    if SINKS > 0:  # else there is no frame
+        vector = frame[:, None] + dims[None, :]
+        x -= tl.load(vector, mask=inside, other=0.0)
+        one = tl.load(vector + DIM, mask=inside, other=0.0)
+        two = tl.load(vector + 2 * DIM, mask=inside, other=0.0)
+    return x, one, two
+
+
+@triton.jit
+def pack_numbers(one, two, length):
+    """A key's coordinates and the length of its rest as `Described.words` packs them.
+
+    Args:
+        one: float64 [M], coordinate along the first axis.
+        two: float64 [M], along the second.
+        length: float64 [M], of the rest.
+
+    Returns:
+        int32 [M], the packed numbers, and bool [M], whether the length rounds to 0.
+
+    """
+    largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), length)
+    # The largest of the three lies between 64 and 128 steps.
+    exponent = (largest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 6
+    exponent = tl.maximum(exponent, 0)
+    step = (exponent << 23).to(tl.float32, bitcast=True).to(tl.float64)
+    safe = tl.where(exponent > 0, step, 1.0)
+    one = tl.floor(one / safe + 0.5).to(tl.int32)
+    two = tl.floor(two / safe + 0.5).to(tl.int32)
+    length = tl.floor(length / safe + 0.5).to(tl.int32)
+    one = tl.minimum(tl.maximum(one, -127), 127) & 255
+    two = tl.minimum(tl.maximum(two, -127), 127) & 255
+    word = one | two << 8 | length << 16 | exponent << 24
+    word = tl.where(exponent > 0, word, 0)
+    return word, (word >> 16 & 255) == 0
 
 
 @triton.jit(do_not_specialize=["num_tokens", "token_programs"])
 def describe_kernel(
     projection,
+    frames,
     pieces,
     token_piece,
     slots,
@@ -78,34 +104,35 @@ def describe_kernel(
 ):
     """One program: ``TOKENS`` slots of one KV head; its votes start at zero.
 
-    The first ``token_programs`` describe tokens that lie beyond the sinks. Then there
-    is one for every piece, which describes all sinks if their last one is in it.
+    The first ``token_programs`` describe tokens that lie beyond the sinks. Then every
+    piece has as many as its sinks need, which describe them if the last one is in it.
 
     Args:
         projection: float32 [D, b], contiguous.
+        frames: float64 [P, Hkv, 3, D], from `frame_kernel`; unread without sinks.
         pieces: int32 [P, columns], see `pieces`.
         token_piece: int32 [T], row of ``pieces`` of each token; -1 for padding.
         slots: int32 [T, Hkv], where `write` has put each token.
         block_table: int32 [R, max blocks].
-        k_cache: See `write_kernel`.
-        k_scale: float32 [1], what fp8 slots are multiplied by; None for other dtypes.
-        tail: int32, see `meta_of`; signature, norm and votes are written.
+        k_cache: See `load_key`.
+        k_scale: See `load_key`.
+        tail: int32, see `meta_of`; signature, numbers and votes are written.
         num_tokens: T.
         token_programs: Programs of the first kind.
         num_heads: Hkv.
         table_stride: Elements between rows of the block table.
-        k_block_stride: Elements between blocks of K.
-        k_head_stride: Elements between heads of K in a page.
-        k_slot_stride: Elements between slots of K.
+        k_block_stride: See `key_rows`.
+        k_head_stride: See `key_rows`.
+        k_slot_stride: See `key_rows`.
         block_stride: See `meta_of`.
         head_stride: See `meta_of`.
         word_stride: See `meta_of`.
-        SINKS: Positions below are the sinks; all but the first are the centre.
-        WORDS: Words of the rule per slot: signature, norm, votes.
+        SINKS: Positions below are the sinks.
+        WORDS: Words of the rule per slot: signature, packed numbers, votes.
         DIM: D.
         BITS: b.
         COLUMNS: The power of two from b on, at least 32.
-        TOKENS: Slots of a program, a power of two and at least ``SINKS``.
+        TOKENS: Slots of a program, a power of two.
         STEP: Elements of D per step of the product.
         N: Slots of a block.
 
@@ -123,60 +150,55 @@ def describe_kernel(
         used = used & (position >= SINKS)
         slot = tl.load(slots + row * num_heads + head, mask=used, other=0)
     else:
-        owner = tl.zeros([TOKENS], tl.int32) + (program - token_programs)
+        tiles: tl.constexpr = max((SINKS + TOKENS - 1) // TOKENS, 1)
+        program -= token_programs
+        owner = tl.zeros([TOKENS], tl.int32) + program // tiles
         piece = pieces + owner * NUM_COLUMNS
         start, count = tl.load(piece + START), tl.load(piece + COUNT)
         arrives = (start < SINKS) & (start + count >= SINKS)
-        used = arrives & (index < SINKS)
-        slot = index
+        slot = program % tiles * TOKENS + index
+        used = arrives & (slot < SINKS)
     if tl.max(used.to(tl.int32), 0) == 0:
         return
     request = tl.load(pieces + owner * NUM_COLUMNS + REQUEST, mask=used, other=0)
     table = block_table + request.to(tl.int64) * table_stride
-    column = tl.arange(0, COLUMNS)
-    dots = tl.zeros([TOKENS, COLUMNS], tl.float32)
-    square = tl.zeros([TOKENS], tl.float32)
+    rows = key_rows(
+        table, slot, used, head, k_block_stride, k_head_stride, k_slot_stride, N
+    )
+    frame = frames + (owner * num_heads + head) * (FRAME_VECTORS * DIM)
+    along_one = tl.zeros([TOKENS], tl.float64)
+    along_two = tl.zeros([TOKENS], tl.float64)
     for first in range(0, DIM, STEP):
-        dims = first + tl.arange(0, STEP)
-        centre = tl.zeros([TOKENS, STEP], tl.float32)
-        for sink in range(1, SINKS):
-            centre += _keys(
-                k_cache,
-                k_scale,
-                table,
-                tl.zeros([TOKENS], tl.int32) + sink,
-                used,
-                dims,
-                head,
-                k_block_stride,
-                k_head_stride,
-                k_slot_stride,
-                DIM,
-                N,
-            )
-        x = _keys(
+        x, one, two = _centred(
+            frame,
             k_cache,
             k_scale,
-            table,
-            slot,
+            rows,
             used,
-            dims,
-            head,
-            k_block_stride,
-            k_head_stride,
-            k_slot_stride,
+            first + tl.arange(0, STEP),
+            SINKS,
             DIM,
-            N,
         )
-        x -= centre * (1.0 / max(SINKS - 1, 1))
+        along_one += tl.sum(x * one, 1)
+        along_two += tl.sum(x * two, 1)
+    column = tl.arange(0, COLUMNS)
+    dots = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    square = tl.zeros([TOKENS], tl.float64)
+    for first in range(0, DIM, STEP):
+        dims = first + tl.arange(0, STEP)
+        x, one, two = _centred(frame, k_cache, k_scale, rows, used, dims, SINKS, DIM)
+        rest = x - (along_one[:, None] * one + along_two[:, None] * two)
+        square += tl.sum(rest * rest, 1)
         r = tl.load(
             projection + dims[:, None] * BITS + column[None, :],
             mask=(dims < DIM)[:, None] & (column < BITS)[None, :],
             other=0.0,
         )
-        dots = tl.dot(x, r, dots, input_precision="ieee")
-        square += tl.sum(x * x, 1)
-    ones = ((dots >= 0) & (column < BITS)[None, :]).to(tl.int32) << (column % 32)
+        dots = tl.dot(rest.to(tl.float32), r, dots, input_precision="ieee")
+    numbers, is_short = pack_numbers(along_one, along_two, tl.sqrt(square))
+    # A rest that rounds to nothing is rounding noise; every bit of 0 is set.
+    is_set = ((dots >= 0) | is_short[:, None]) & (column < BITS)[None, :]
+    ones = is_set.to(tl.int32) << (column % 32)
     words = tl.sum(tl.reshape(ones, (TOKENS, COLUMNS // 32, 32)), 2)
     meta = meta_of(tail, table, slot, used, head, block_stride, head_stride, N)
     w = tl.arange(0, COLUMNS // 32)
@@ -185,6 +207,5 @@ def describe_kernel(
         words,
         mask=used[:, None] & (w < WORDS - 2)[None, :],
     )
-    norm = tl.sqrt(square).to(tl.int32, bitcast=True)
-    tl.store(meta + (WORDS - 2) * word_stride, norm, mask=used)
+    tl.store(meta + (WORDS - 2) * word_stride, numbers, mask=used)
     tl.store(meta + (WORDS - 1) * word_stride, tl.zeros([TOKENS], tl.int32), mask=used)

@@ -14,6 +14,12 @@ SCAN_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 """A program has 256 threads. Without a bound ptxas spills a register here and there to
 fit one more program on a multiprocessor; with it none of the kernels does."""
 
+FRAME_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+"""Bounded as scans are: it needs half of that."""
+
+DESCRIBE_OPTIONS = {"num_warps": 4, "num_stages": 2}
+"""With three stages tiles of float64 would take more than 48 KiB of shared memory."""
+
 COPY_OPTIONS = {"num_warps": 1}
 """A program copies one row of K and of V."""
 
@@ -52,9 +58,9 @@ def sign_tokens(num_tokens: int, group: int) -> int:
     return min(padded(num_tokens // 16), most)
 
 
-def describe_tokens(num_tokens: int, sinks: int) -> int:
-    """Slots described by one program, which must have room for all sinks."""
-    return max(16, padded(sinks), min(padded(num_tokens // 16), 64))
+def describe_tokens(num_tokens: int) -> int:
+    """Slots described by one program."""
+    return max(16, min(padded(num_tokens // 16), 64))
 
 
 def as_integers(cache: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.describe import describe_kernel
+from hashevict_vllm.kernels.triton.frame import frame_kernel
 from hashevict_vllm.kernels.triton.pieces import NAMES
 from hashevict_vllm.kernels.triton.plan import plan_kernel
-from hashevict_vllm.kernels.triton.reduce import compact, mark, projections
+from hashevict_vllm.kernels.triton.reduce import compact, frames, mark, projections
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.kernels.triton.sign import sign_kernel
 from hashevict_vllm.kernels.triton.write import write_kernel
@@ -145,6 +146,7 @@ def write(
     v_scale: Tensor | None,
     projection: Tensor,
     slots: Tensor,
+    scale: float,
     factor: float,
     decay: float,
     rule: Sequence[int],
@@ -169,7 +171,8 @@ def write(
         v_scale: Likewise.
         projection: float32 [D, b].
         slots: int32 [T, Hkv], written by rules that vote, for `describe`.
-        factor: Softmax scale times `hashevict_vllm.policies.vote.estimate_scale`.
+        scale: Softmax scale.
+        factor: See `hashevict_vllm.policies.vote.estimate_scale`.
         decay: Factor on earlier votes.
         rule: See the module.
         bound: See the module.
@@ -202,7 +205,9 @@ def write(
         v_scale,
         projection,
         projections(r, pieces, num_heads, members),
+        frames(r, pieces, k_cache),
         slots,
+        scale,
         factor,
         r.bits,
         head_dim,
@@ -247,7 +252,7 @@ def describe(
     projection: Tensor,
     rule: Sequence[int],
 ) -> None:
-    """Signatures and norms of the keys just written, for rules that vote.
+    """Signatures and numbers of the keys just written, for rules that vote.
 
     Args:
         pieces: As `write`.
@@ -266,10 +271,30 @@ def describe(
     launch.check_rows(k_cache=k_cache, tail=tail)
     if num_tokens == 0:
         return
-    tokens = launch.describe_tokens(num_tokens, r.sinks)
+    num_pieces, head_dim = pieces.shape[0], k_cache.shape[3]
+    scratch = frames(r, pieces, k_cache)
+    if r.sinks:
+        frame_kernel[(num_pieces, num_heads)](
+            scratch,
+            pieces,
+            block_table,
+            k_cache,
+            k_scale,
+            num_heads,
+            block_table.stride(0),
+            *k_cache.stride()[:3],
+            SINKS=r.sinks,
+            DIM=head_dim,
+            DIM_PADDED=launch.padded(head_dim),
+            N=tail.shape[3],
+            **launch.FRAME_OPTIONS,
+        )
+    tokens = launch.describe_tokens(num_tokens)
     programs = triton.cdiv(num_tokens, tokens)
-    describe_kernel[(programs + (pieces.shape[0] if r.sinks else 0), num_heads)](
+    of_sinks = num_pieces * triton.cdiv(r.sinks, tokens)
+    describe_kernel[(programs + of_sinks, num_heads)](
         projection,
+        scratch,
         pieces,
         token_piece,
         slots,
@@ -285,13 +310,13 @@ def describe(
         *tail.stride()[:3],
         SINKS=r.sinks,
         WORDS=r.words,
-        DIM=k_cache.shape[3],
+        DIM=head_dim,
         BITS=r.bits,
         COLUMNS=max(launch.padded(r.bits), 32),
         TOKENS=tokens,
         STEP=launch.SIGN_STEP,
         N=tail.shape[3],
-        num_warps=4,
+        **launch.DESCRIBE_OPTIONS,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
+from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
 from hashevict_vllm.kernels.triton.mark import (
     pool_kernel,
     replay_kernel,
@@ -23,9 +24,16 @@ from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 def projections(
     rule: DeviceRule, pieces: Tensor, num_heads: int, members: int
 ) -> Tensor:
-    """Scratch for projected queries, where a rule votes: float32 [P, Hkv, b, G']."""
-    shape = (pieces.shape[0] if rule.votes else 0, num_heads, rule.bits, members)
+    """Scratch for split queries, where a rule votes: float32 [P, Hkv, b + 2, G']."""
+    shape = (pieces.shape[0] if rule.votes else 0, num_heads, rule.bits + 2, members)
     return torch.empty(shape, dtype=torch.float32, device=pieces.device)
+
+
+def frames(rule: DeviceRule, pieces: Tensor, k_cache: Tensor) -> Tensor:
+    """Scratch for frames, where a rule votes: float64 [P, Hkv, 3, D]."""
+    num_pieces = pieces.shape[0] if rule.votes else 0
+    shape = (num_pieces, k_cache.shape[1], FRAME_VECTORS.value, k_cache.shape[3])
+    return torch.empty(shape, dtype=torch.float64, device=pieces.device)
 
 
 @torch.library.custom_op("hashevict::mark", mutates_args=("tail",))
@@ -34,8 +42,11 @@ def mark(
     signatures: Tensor,
     pieces: Tensor,
     block_table: Tensor,
+    k_cache: Tensor,
+    k_scale: Tensor | None,
     tail: Tensor,
     projection: Tensor,
+    scale: float,
     factor: float,
     decay: float,
     rule: Sequence[int],
@@ -48,8 +59,11 @@ def mark(
         signatures: As `ops.write`.
         pieces: int32 [P, columns], the pieces that overflow the budget or vote.
         block_table: As `ops.write`.
+        k_cache: As `ops.write`.
+        k_scale: As `ops.write`.
         tail: As `ops.write`.
         projection: As `ops.write`.
+        scale: As `ops.write`.
         factor: As `ops.write`.
         decay: As `ops.write`.
         rule: See `ops`.
@@ -59,7 +73,7 @@ def mark(
     r = DeviceRule(*rule)
     num_pieces, num_heads = pieces.shape[0], tail.shape[1]
     group = q.shape[1] // num_heads
-    launch.check_rows(q=q, tail=tail)
+    launch.check_rows(q=q, k_cache=k_cache, tail=tail)
     if num_pieces == 0:
         return
     grid = (num_pieces, num_heads)
@@ -91,22 +105,30 @@ def mark(
         q,
         projection,
         projections(r, pieces, num_heads, members),
+        frames(r, pieces, k_cache),
         pieces,
         block_table,
+        k_cache,
+        k_scale,
         tail,
+        scale,
         factor,
         r.bits,
         q.shape[2],
         decay,
         num_heads,
         *q.stride()[:2],
-        *strides,
+        block_table.stride(0),
+        *k_cache.stride()[:3],
+        *tail.stride()[:3],
         WORDS=r.words,
         DIM=q.shape[2],
+        DIM_PADDED=launch.padded(q.shape[2]),
         BITS=r.bits,
         GROUP=group,
         MEMBERS=members,
         EVERY=r.every,
+        SINKS=r.sinks,
         STEP=launch.SIGN_STEP,
         N=tail.shape[3],
         TILE=launch.vote_tile(group, bound),

@@ -10,12 +10,14 @@ import dataclasses
 
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, compile_launch
+from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
 from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
 
 BANDWIDTH = 3.35e12
 """Bytes per second of an H100 SXM's memory (NVIDIA's data sheet)."""
 
-_WORD = 4
+_WORD, _DOUBLE = 4, 8
+_DECODE = ("plan", "sign", "write", "write, no scan", "frame", "describe")
 
 
 def floor_bytes(shape: Shape) -> dict[str, int]:
@@ -33,22 +35,25 @@ def floor_bytes(shape: Shape) -> dict[str, int]:
     row = 2 * dim * (element + slot_element) + meta
     segment_rows = heads * shape.bound
     moves = heads * min(shape.budget, shape.segment) // 2
-    # A vote reads signature, norm, votes and position, and writes votes.
+    # A vote reads signature, numbers, votes and position, and writes votes; it needs
+    # the sinks' keys, too.
     scan = shape.budget * (meta + (_WORD if rule.votes else 0))
     hashed = shape.tokens * heads * (dim * element * (shape.group + 1) + described)
     votes = rule.votes
     queries = dim * element * shape.group * heads + _WORD * dim * rule.bits
-    slot_key = dim * slot_element
+    sinks = rule.sinks * dim * slot_element
+    frame = FRAME_VECTORS.value * dim * _DOUBLE
     return {
         "plan": shape.tokens * _WORD * 16,
         "sign": hashed + _WORD * dim * rule.bits,
         "write": shape.tokens * heads * (scan + row)
-        + (shape.tokens * queries if votes else 0),
-        "describe": shape.tokens * heads * (rule.sinks * slot_key + meta)
+        + (shape.tokens * (queries + heads * sinks) if votes else 0),
+        "frame": shape.tokens * heads * (sinks + frame),
+        "describe": shape.tokens * heads * (frame + dim * slot_element + meta)
         + _WORD * dim * rule.bits,
         "write, no scan": shape.tokens * heads * row,
         "replay": segment_rows * meta + heads * shape.segment * _WORD,
-        "vote": segment_rows * (meta + _WORD) if votes else 0,
+        "vote": segment_rows * (meta + _WORD) + heads * sinks if votes else 0,
         "pool": segment_rows * _WORD * 3,  # one of two launches
         "select": segment_rows * _WORD * 3 + heads * shape.segment * _WORD,
         "pair": segment_rows * _WORD + moves * 2 * _WORD,
@@ -60,7 +65,7 @@ def _floor_table(shape: Shape) -> list[str]:
     floors = floor_bytes(shape)
     lines = ["| kernel | bytes | per token | µs at 3.35 TB/s |", "|---|---:|---:|---:|"]
     for name in dict.fromkeys(launch.name for launch in shape.launches()):
-        decode = name in ("plan", "sign", "write", "write, no scan", "describe")
+        decode = name in _DECODE
         tokens = shape.tokens if decode else shape.segment
         moved = floors[name]
         lines.append(

@@ -100,7 +100,10 @@ class Shape:
         pieces = torch.zeros(tokens, ops.NUM_COLUMNS).int()
         ints = [torch.zeros(tokens + 1).int() for _ in range(6)]
         scale = torch.ones(1) if cache_dtype.itemsize == 1 else None
-        signed, votes = (signatures, squares), (0.125, 0.85, list(rule), self.bound)
+        signed, votes = (
+            (signatures, squares),
+            (0.1, 0.125, 0.85, list(rule), self.bound),
+        )
         with recorded_launches() as launches:
             ops.plan(*ints[:4], pieces, ints[4], ints[5], list(rule), True)
             if rule.signs:
@@ -115,7 +118,10 @@ class Shape:
                     pieces, ints[5], slots, table, pages.k, scale, pages.tail,
                     projection, list(rule),
                 )  # fmt: skip
-            ops.mark(q, signatures, pieces, table, pages.tail, projection, *votes)
+            ops.mark(
+                q, signatures, pieces, table, pages.k, scale, pages.tail, projection,
+                *votes,
+            )  # fmt: skip
             ops.compact(pieces, table, *cache, list(rule), self.bound)
         return launches
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, write_frame
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
     COUNT,
@@ -66,7 +67,9 @@ def write_kernel(
     v_scale,
     projection,
     projected,
+    frames,
     slots,
+    scale,
     factor,
     bits,
     length,
@@ -126,8 +129,10 @@ def write_kernel(
         k_scale: float32 [1], what fp8 slots are divided by; None for other dtypes.
         v_scale: The same for V.
         projection: float32 [D, b], read by rules that vote.
-        projected: float32 [P, Hkv, b, G'], their scratch.
+        projected: float32 [P, Hkv, b + 2, G'], their scratch.
+        frames: float64 [P, Hkv, 3, D], likewise.
         slots: int32 [T, Hkv], written by rules that vote: where each token went.
+        scale: See `cast_votes`.
         factor: See `cast_votes`.
         bits: See `cast_votes`.
         length: See `cast_votes`.
@@ -184,34 +189,53 @@ def write_kernel(
     sources = signatures + first * HASHED
     if SCANS:
         if KIND == VOTE:
-            votes = (count == 1) & (tl.load(piece + FIRST_VOTER) == 0)
-            cast_votes(
-                tail,
-                table,
-                tl.where(votes, slot, 0),
-                head,
-                q + token * q_token_stride + head * GROUP * q_head_stride,
-                projection,
-                projected + (owner * num_heads + head) * (BITS * MEMBERS),
-                factor,
-                bits,
-                length,
-                decay,
-                tl.load(piece + BALLOTS) > 0,
-                position - EVERY,
-                q_head_stride,
-                block_stride,
-                head_stride,
-                word_stride,
-                WORDS,
-                DIM,
-                BITS,
-                GROUP,
-                MEMBERS,
-                STEP,
-                N,
-                TILE,
-            )
+            scratch = owner * num_heads + head
+            if (count == 1) & (tl.load(piece + FIRST_VOTER) == 0):
+                frame = frames + scratch * (FRAME_VECTORS * DIM)
+                write_frame(
+                    frame,
+                    k_cache,
+                    k_scale,
+                    table,
+                    head,
+                    k_block_stride,
+                    k_head_page_stride,
+                    k_slot_stride,
+                    SINKS,
+                    DIM,
+                    DIM_PADDED,
+                    N,
+                )
+                cast_votes(
+                    tail,
+                    table,
+                    slot,
+                    head,
+                    q + token * q_token_stride + head * GROUP * q_head_stride,
+                    frame,
+                    projection,
+                    projected + scratch * ((BITS + 2) * MEMBERS),
+                    scale,
+                    factor,
+                    bits,
+                    length,
+                    decay,
+                    tl.load(piece + BALLOTS) > 0,
+                    position - EVERY,
+                    q_head_stride,
+                    block_stride,
+                    head_stride,
+                    word_stride,
+                    WORDS,
+                    DIM,
+                    DIM_PADDED,
+                    BITS,
+                    GROUP,
+                    MEMBERS,
+                    STEP,
+                    N,
+                    TILE,
+                )
         if tl.load(piece + EVICT) != 0:
             best, best_slot = find_victims(
                 tail,
