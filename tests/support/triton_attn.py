@@ -122,7 +122,7 @@ class WrappedLayer:
             max_query_len=max(counts),
             max_seq_len=max(self.computed),
             block_table_tensor=self.block_table,
-            slot_mapping=torch.full((sum(counts),), -1),
+            slot_mapping=torch.zeros(sum(counts), dtype=torch.int64),
             is_prefilling=torch.tensor(before) < prompts,
             seq_lens_cpu_upper_bound=lens,
             rswa_prefix_lens=prompts,
