@@ -26,7 +26,8 @@ FP8_KV_DTYPES = ("fp8", "fp8_e4m3")
 takes the bytes of an ``fp8_e5m2`` cache for e4m3 (triton_attn.py)."""
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether numba's kernels serve this machine; else Triton's do."""
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
@@ -39,7 +40,7 @@ def block_size_of(config: VllmConfig) -> int:
     the model is loaded (``update_block_size_for_backend``), 0.32 while it checks.
     """
     cache = config.cache_config
-    if _on_cpu() and not cache.user_specified_block_size:
+    if on_cpu() and not cache.user_specified_block_size:
         return CPU_DEFAULT_BLOCK_SIZE
     return cache.block_size
 
@@ -75,7 +76,7 @@ def quantised_cache(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
             f"--kv-cache-dtype: {dtype} differs from --dtype {model_dtype}, and a KV "
             "policy stores keys and values as the model computes them; use auto."
         )
-    if _on_cpu():
+    if on_cpu():
         return (
             f"--kv-cache-dtype: {dtype} is quantised, and on a CPU a KV policy can "
             "rewrite single slots of an unquantised cache only; use bfloat16."
@@ -93,13 +94,13 @@ def inner_backend(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     from .attention.inner import refuse_backend
 
     chosen = config.attention_config.backend
-    return None if _on_cpu() or chosen is None else refuse_backend(chosen.name)
+    return None if on_cpu() or chosen is None else refuse_backend(chosen.name)
 
 
 def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """A padded page cannot be split into kernel blocks (v1/worker/utils.py)."""
     size = block_size_of(config)
-    if not _on_cpu() or size % CPU_BLOCK_UNIT == 0:
+    if not on_cpu() or size % CPU_BLOCK_UNIT == 0:
         return None
     return (
         f"--block-size: {size} is not a multiple of {CPU_BLOCK_UNIT}, the unit of "
@@ -109,7 +110,7 @@ def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 
 def device_kernels(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """What the Triton kernels serve, by `attention.gpu_rule.device_rule`."""
-    if _on_cpu():
+    if on_cpu():
         return None
     from .attention.gpu_rule import device_rule
 

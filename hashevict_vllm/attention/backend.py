@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from hashevict_vllm import compat_device
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 from hashevict_vllm.config import ResolvedKVPolicy
 
@@ -34,19 +35,17 @@ def wrap_backend(
             no kernel there.
 
     """
-    from vllm.platforms import current_platform
-
-    on_cpu = current_platform.is_cpu()
+    on_cpu = compat_device.on_cpu()
     parts = _cpu_parts() if on_cpu else _device_parts(inner, policy)
     impl = type(
         f"Budgeted{inner.get_impl_cls().__name__}",
         (parts.impl, inner.get_impl_cls()),
-        {"policy": policy, **parts.shared},
+        {"__module__": __name__, "policy": policy, **parts.shared},
     )
     builder = type(
         f"Budgeted{inner.get_builder_cls().__name__}",
         (parts.builder, inner.get_builder_cls()),
-        dict(parts.shared),
+        {"__module__": __name__, **parts.shared},
     )
 
     def customize_spec(cls: type, spec: AttentionSpec) -> AttentionSpec:
@@ -56,6 +55,7 @@ def wrap_backend(
         return BudgetedAttentionSpec.from_stock(spec, policy)
 
     namespace = {
+        "__module__": __name__,
         "forward_includes_kv_cache_update": True,
         "inner": inner,
         "policy": policy,
