@@ -52,7 +52,7 @@ def as_on_a_gpu(inner: str = "TRITON_ATTN") -> Iterator[None]:
     selector._cached_get_attn_backend.cache_clear()
     with (
         mock.patch.object(CpuPlatform, "get_attn_backend_cls", selected),
-        mock.patch.object(compat_device, "on_cpu", lambda: False),
+        mock.patch.object(compat_device, "on_cpu", return_value=False),
     ):
         yield
     selector._cached_get_attn_backend.cache_clear()
