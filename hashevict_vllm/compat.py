@@ -3,6 +3,7 @@
 `RULES` is the list; every rule is one small function that returns the sentence for
 the user, or ``None`` where it has no objection. Rules read the finished `VllmConfig`,
 after vLLM has resolved defaults, so a default that turns a feature on is seen too.
+Rules that depend on the device are in `compat_device`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,15 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .compat_device import (
+    block_size_of,
+    cpu_block_size,
+    device_kernels,
+    inner_backend,
+    microbatches,
+    platform,
+    quantised_cache,
+)
 from .config import ADDITIONAL_CONFIG_KEY, KVPolicyConfig, KVPolicyError
 
 if TYPE_CHECKING:
@@ -22,15 +32,6 @@ logger = logging.getLogger("vllm.hashevict_vllm.compat")
 
 SUPPORTED_VLLM = ("0.32", "0.33")
 """Minor versions of vLLM whose internals the patches and rules were written for."""
-
-CPU_BLOCK_UNIT = 32
-"""Tokens of one kernel block on CPU (vllm/v1/attention/backends/cpu_attn.py)."""
-
-CPU_DEFAULT_BLOCK_SIZE = 128
-"""Tokens of a block without ``--block-size`` on CPU (vllm/platforms/cpu.py)."""
-
-PLAIN_KV_DTYPES = ("auto", "float16", "bfloat16")
-"""Values of ``CacheConfig.cache_dtype`` that store keys and values unquantised."""
 
 LOCAL_LAYER_TYPES = frozenset(
     ("sliding_attention", "chunked_attention", "linear_attention", "mamba", "conv")
@@ -91,20 +92,6 @@ def default_prefix_caching_off(engine_args: EngineArgs) -> None:
         logger.info("Prefix caching is off: a KV policy bounds the KV cache.")
 
 
-def block_size_of(config: VllmConfig) -> int:
-    """Tokens of a KV-cache block, also before vLLM has decided on a CPU's default.
-
-    ``CacheConfig.block_size`` holds another default until then; vLLM 0.33 decides when
-    the model is loaded (``update_block_size_for_backend``), 0.32 while it checks.
-    """
-    from vllm.platforms import current_platform
-
-    cache = config.cache_config
-    if current_platform.is_cpu() and not cache.user_specified_block_size:
-        return CPU_DEFAULT_BLOCK_SIZE
-    return cache.block_size
-
-
 def is_supported_vllm(version: str) -> bool:
     """Whether a vLLM version belongs to `SUPPORTED_VLLM`; ``0.32.0+cpu`` does."""
     return ".".join(version.split(".")[:2]) in SUPPORTED_VLLM
@@ -123,18 +110,6 @@ def vllm_version(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     return (
         f"--kv-policy: vLLM {vllm.__version__} is not supported; "
         f"this release knows the internals of vLLM {supported}."
-    )
-
-
-def platform(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
-    """``current_platform`` (vllm/platforms/interface.py)."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        return None
-    return (
-        f"--kv-policy: the {current_platform.device_type} platform is not supported; "
-        "this release runs on CPU, and the CUDA backends are not in it."
     )
 
 
@@ -331,23 +306,6 @@ def context_parallel(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     return None
 
 
-def quantised_cache(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
-    """``CacheConfig.cache_dtype``, also when it comes from the checkpoint."""
-    dtype = config.cache_config.cache_dtype
-    model_dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if dtype in ("auto", model_dtype):
-        return None
-    if dtype in PLAIN_KV_DTYPES:
-        return (
-            f"--kv-cache-dtype: {dtype} differs from --dtype {model_dtype}, and a KV "
-            "policy stores keys and values as the model computes them; use auto."
-        )
-    return (
-        f"--kv-cache-dtype: {dtype} is quantised, and a KV policy can rewrite single "
-        "slots of an unquantised cache only; use bfloat16."
-    )
-
-
 def lora(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """``VllmConfig.lora_config`` (vllm/config/lora.py)."""
     if config.lora_config is None:
@@ -375,17 +333,6 @@ def hybrid_manager_off(config: VllmConfig, policy: KVPolicyConfig) -> str | None
 
 
 # -- which sizes fit -------------------------------------------------------------
-
-
-def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
-    """A padded page cannot be split into kernel blocks (v1/worker/utils.py)."""
-    size = block_size_of(config)
-    if size % CPU_BLOCK_UNIT == 0:
-        return None
-    return (
-        f"--block-size: {size} is not a multiple of {CPU_BLOCK_UNIT}, the unit of "
-        "vLLM's CPU attention kernel."
-    )
 
 
 def budget_sizes(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
@@ -418,10 +365,13 @@ RULES: tuple[Rule, ...] = (
     kv_events,
     prefix_caching,
     context_parallel,
+    microbatches,
     quantised_cache,
     lora,
     hybrid_manager_off,
+    inner_backend,
     cpu_block_size,
     budget_sizes,
+    device_kernels,
 )
 """Every reason for refusing to start, in the order in which they are looked at."""

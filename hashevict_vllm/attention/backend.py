@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from hashevict_vllm.attention.forward import BudgetedImplMixin
-from hashevict_vllm.attention.metadata import BudgetedMetadataBuilderMixin
+from hashevict_vllm import compat_device
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 from hashevict_vllm.config import ResolvedKVPolicy
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_layout import KVCacheLayout
 
 
 @functools.cache
@@ -28,16 +30,22 @@ def wrap_backend(
         inner: What vLLM selected, by ``--attention-backend`` or by itself.
         policy: The resolved policy.
 
+    Raises:
+        KVPolicyError: On CUDA, for a backend that cannot be wrapped, or a rule that has
+            no kernel there.
+
     """
+    on_cpu = compat_device.on_cpu()
+    parts = _cpu_parts() if on_cpu else _device_parts(inner, policy)
     impl = type(
         f"Budgeted{inner.get_impl_cls().__name__}",
-        (BudgetedImplMixin, inner.get_impl_cls()),
-        {"policy": policy},
+        (parts.impl, inner.get_impl_cls()),
+        {"__module__": __name__, "policy": policy, **parts.shared},
     )
     builder = type(
         f"Budgeted{inner.get_builder_cls().__name__}",
-        (BudgetedMetadataBuilderMixin, inner.get_builder_cls()),
-        {},
+        (parts.builder, inner.get_builder_cls()),
+        {"__module__": __name__, **parts.shared},
     )
 
     def customize_spec(cls: type, spec: AttentionSpec) -> AttentionSpec:
@@ -46,7 +54,8 @@ def wrap_backend(
             return spec
         return BudgetedAttentionSpec.from_stock(spec, policy)
 
-    namespace: dict[str, Any] = {
+    namespace = {
+        "__module__": __name__,
         "forward_includes_kv_cache_update": True,
         "inner": inner,
         "policy": policy,
@@ -55,5 +64,62 @@ def wrap_backend(
         "customize_spec": classmethod(customize_spec),
         # A padded page cannot be split into kernel blocks; prefix sharing is refused.
         "supports_kv_connector": classmethod(lambda cls: False),
+        **parts.backend,
     }
     return type(f"Budgeted{inner.__name__}", (inner,), namespace)
+
+
+# Each device's kernels are imported where they run: numba is not needed on a GPU, nor
+# Triton on a CPU.
+
+
+class _Parts(NamedTuple):
+    """What differs by device.
+
+    Attributes:
+        impl: Mixed into the inner implementation.
+        builder: Mixed into the inner metadata builder.
+        shared: Attributes of both.
+        backend: Attributes of the backend.
+
+    """
+
+    impl: type
+    builder: type
+    shared: dict[str, Any]
+    backend: dict[str, Any]
+
+
+def _cpu_parts() -> _Parts:
+    """With numba's kernels."""
+    from hashevict_vllm.attention.forward import BudgetedImplMixin
+    from hashevict_vllm.attention.metadata import BudgetedMetadataBuilderMixin
+
+    return _Parts(BudgetedImplMixin, BudgetedMetadataBuilderMixin, {}, {})
+
+
+def _device_parts(inner: type[AttentionBackend], policy: ResolvedKVPolicy) -> _Parts:
+    """With Triton's kernels, if ``inner`` and the policy's rule are served by them."""
+    from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+
+    from hashevict_vllm.attention.gpu_forward import DeviceImplMixin
+    from hashevict_vllm.attention.gpu_metadata import DeviceMetadataBuilderMixin
+    from hashevict_vllm.attention.gpu_rule import device_rule
+    from hashevict_vllm.attention.inner import inner_backend
+
+    needs = inner_backend(inner.get_name())
+    device_rule(policy)
+
+    def supported_kv_cache_layouts(cls: type) -> tuple[KVCacheLayout, ...]:
+        # The tail follows K/V of all heads, so no head may lie outside its page.
+        layouts = get_supported_kv_cache_layouts([inner])
+        return tuple(layout for layout in layouts if layout.is_block_compact)
+
+    backend = {
+        "supported_kv_cache_layouts": classmethod(supported_kv_cache_layouts),
+        # vLLM 0.33: a model must not write the cache in place of a budgeted forward.
+        "supports_kv_cache_update_bypass": False,
+    }
+    return _Parts(
+        DeviceImplMixin, DeviceMetadataBuilderMixin, {"needs": needs}, backend
+    )

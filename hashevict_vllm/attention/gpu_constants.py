@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hashevict_vllm.attention.gpu_rule import device_rule, vote_factor
+from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.rule import DeviceRule
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+
+
+def _refuse_scales_per_head(layer: Any) -> None:
+    """An fp8 checkpoint may bring a scale per head; the kernels take one per layer."""
+    if not layer.impl.kv_cache_dtype.startswith("fp8"):
+        return
+    for name in ("_q_scale", "_k_scale", "_v_scale"):
+        if getattr(layer, name).numel() != 1:
+            raise KVPolicyError(
+                "--kv-cache-dtype: this checkpoint has a scale for every head, and a "
+                "KV policy writes slots with one per layer; use bfloat16."
+            )
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,12 @@ class DeviceConstants:
             vllm_config: Says how many tokens and requests a step may have.
             device: Where the layer's cache lies.
 
+        Raises:
+            KVPolicyError: For a cache that is quantised with a scale per head.
+
         """
         policy, rule = spec.policy, device_rule(spec.policy)
+        _refuse_scales_per_head(layer)
         scheduler = vllm_config.scheduler_config
         tokens = scheduler.max_num_batched_tokens
         # A graph's batch may be padded, but holds no more requests than tokens.
@@ -105,3 +122,7 @@ class DeviceConstants:
             token_piece=ints(tokens),
             no_prompt=ints(requests),
         )
+
+    def signed(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step's part of ``signatures`` and ``squares``."""
+        return self.signatures[:num_tokens], self.squares[:num_tokens]

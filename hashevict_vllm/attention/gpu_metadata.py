@@ -2,24 +2,25 @@
 
 A batch in which every request decodes one token is planned on the device, into buffers
 that keep their place: the host knows no exact lengths there, and a captured graph must
-find the plan of the step where it was. A batch that reads a prompt is cut on the host,
-which does know how far prompts have been read.
+find the plan of the step where it was. A batch that reads a prompt, be it one token, is
+cut on the host (`gpu_chunks`) and stays out of graphs: it ends with a reduction, which
+no decode graph holds (vllm_patches/decode_graphs.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
+from hashevict_vllm.attention.gpu_chunks import HostRound, cut_step, piece_rows
 from hashevict_vllm.attention.gpu_constants import DeviceConstants
-from hashevict_vllm.attention.plan import Piece, cut_chunk
+from hashevict_vllm.attention.inner import InnerBackend
 from hashevict_vllm.kernels.triton import ops
-from hashevict_vllm.kernels.triton.pieces import NAMES
 from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class DeviceRound:
         reduced: int32 [P', columns], those pieces that vote or overflow the budget;
             None if there are none.
         scans: Whether any token may evict, or votes alone.
-        inner: The inner backend's metadata for this call.
+        inner: Returns the inner backend's metadata for this call; to be called right
+            before it.
 
     """
 
@@ -48,7 +50,7 @@ class DeviceRound:
     rows: torch.Tensor | None
     reduced: torch.Tensor | None
     scans: bool
-    inner: Any
+    inner: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -69,26 +71,20 @@ class DeviceMetadata:
     constants: DeviceConstants
 
 
-def piece_rows(pieces: Sequence[Piece]) -> list[list[int]]:
-    """Pieces as rows of the kernels' table."""
-    return [
-        [int({**vars(p), "live": p.live_after_write}[name]) for name in NAMES]
-        for p in pieces
-    ]
-
-
-def _is_reduced(piece: Piece, budget: int) -> bool:
-    """Whether a piece votes, or marks slots, after it was attended to."""
-    overflows = piece.slot + piece.count > budget
-    return not piece.evict and (overflows or piece.first_voter < piece.count)
+def _always(value: Any) -> Callable[[], Any]:
+    return lambda: value
 
 
 class DeviceMetadataBuilderMixin:
     """Mixed into the inner backend's builder: plans the step, then builds per round."""
 
+    needs: InnerBackend = InnerBackend()
     kv_cache_spec: BudgetedAttentionSpec
     device: torch.device
     supports_update_block_table = False
+
+    decode_graphs_serve_prompts = False
+    """Asked by `hashevict_vllm.vllm_patches.decode_graphs`."""
 
     def __init__(
         self,
@@ -103,6 +99,28 @@ class DeviceMetadataBuilderMixin:
         self.constants = DeviceConstants.build(
             layer, kv_cache_spec, vllm_config, device
         )
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: BudgetedAttentionSpec
+    ) -> AttentionCGSupport:
+        """Full graphs of single-token decodes at most: only these plan on the device.
+
+        Args:
+            vllm_config: As the inner builder.
+            kv_cache_spec: As the inner builder.
+
+        """
+        inner = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        most = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return min(inner, most, key=lambda support: support.value)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(
+        cls, vllm_config: VllmConfig, kv_cache_spec: BudgetedAttentionSpec
+    ) -> int | None:
+        """None: no graphs of requests with different numbers of tokens."""
+        return None
 
     def build(
         self,
@@ -123,13 +141,24 @@ class DeviceMetadataBuilderMixin:
 
         """
         common = common_attn_metadata
-        if common.max_query_len <= 1:
-            if common.is_prefilling is None:
-                raise RuntimeError("vLLM did not say which requests read prompts.")
-            if not bool(common.is_prefilling.any()):  # a tensor of the host
-                rounds = [self._plan_decode(common)]
-                return self._metadata(common, rounds)
-        return self._metadata(common, self._plan_chunks(common))
+        if common.is_prefilling is None:
+            raise RuntimeError("vLLM did not say which requests read prompts.")
+        reads = bool(common.is_prefilling.any())  # a tensor of the host
+        if common.max_query_len <= 1 and not reads:
+            return self._metadata(common, [self._plan_decode(common)])
+        prompt_lens = current_prompt_lens()
+        if prompt_lens is None:
+            prompt_lens = common.rswa_prefix_lens
+        if prompt_lens is not None and prompt_lens.device.type == "cpu":
+            known = prompt_lens[: common.num_reqs]
+            if bool(known.any()):
+                return self._metadata(common, self._plan_chunks(common, known))
+        if reads:
+            raise RuntimeError(
+                "vLLM told the host no lengths of the prompts that this step reads."
+            )
+        # No prompt is without tokens: a batch that vLLM makes up to warm up.
+        return self._metadata(common, [self._plan_nothing(common)])
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -149,11 +178,21 @@ class DeviceMetadataBuilderMixin:
             constants=self.constants,
         )
 
-    def _inner(self, common: CommonAttentionMetadata, **changes: Any) -> Any:
+    def _inner(
+        self, common: CommonAttentionMetadata, fast_build: bool = False, **changes: Any
+    ) -> Any:
         """The inner backend's metadata, of a batch with the live slots as lengths."""
-        bound = min(common.max_seq_len, self.constants.bound)
-        changed = common.replace(max_seq_len=bound, **changes)
-        return super().build(0, changed)  # type: ignore[misc]
+        changed = common.replace(
+            max_seq_len=min(common.max_seq_len, self.constants.bound),
+            # Of the whole batch with absolute lengths; no inner backend asks for them.
+            is_prefilling=None,
+            positions=None,
+            rswa_prefix_lens=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+            **changes,
+        )
+        return super().build(0, changed, fast_build)  # type: ignore[misc]
 
     def _plan_decode(self, common: CommonAttentionMetadata) -> DeviceRound:
         """One token of every request, planned on the device from its lengths."""
@@ -171,54 +210,60 @@ class DeviceMetadataBuilderMixin:
             list(constants.rule),
             True,
         )
+        # vLLM's mark of tokens that are made up, in batches where all are: they must
+        # not be written, as their rows of the block table may be a real request's.
+        made_up = common.slot_mapping[: common.num_actual_tokens] < 0
+        token_piece.masked_fill_(made_up, -1)
         upper = common.seq_lens_cpu_upper_bound
+        inner = self._inner(
+            common,
+            seq_lens=live,
+            # Exact, as the bound is without speculative decoding.
+            seq_lens_cpu_upper_bound=(
+                None if upper is None else upper.clamp(max=constants.rule.budget)
+            ),
+        )
         return DeviceRound(
             pieces=pieces,
             token_piece=token_piece,
             rows=None,
             reduced=None,
             scans=True,
-            inner=self._inner(
-                common,
-                seq_lens=live,
-                seq_lens_cpu_upper_bound=(
-                    None if upper is None else upper.clamp(max=constants.rule.budget)
-                ),
-            ),
+            inner=_always(inner),
         )
 
-    def _plan_chunks(self, common: CommonAttentionMetadata) -> list[DeviceRound]:
+    def _plan_nothing(self, common: CommonAttentionMetadata) -> DeviceRound:
+        """Attention alone, over whatever the batch says; nothing is written."""
+        pieces = torch.zeros(
+            (1, ops.NUM_COLUMNS), dtype=torch.int32, device=self.device
+        )
+        tokens = common.num_actual_tokens
+        return DeviceRound(
+            pieces=pieces,
+            token_piece=torch.full((tokens,), -1, dtype=torch.int32).to(self.device),
+            rows=None,
+            reduced=None,
+            scans=False,
+            inner=_always(super().build(0, common)),  # type: ignore[misc]
+        )
+
+    def _plan_chunks(
+        self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
+    ) -> list[DeviceRound]:
         """Cut every request's chunk, as `hashevict_vllm.attention.metadata` does."""
         lens = common.seq_lens_cpu_upper_bound
         if lens is None and common.seq_lens.device.type == "cpu":
             lens = common.seq_lens
-        prompt_lens = current_prompt_lens()
-        if prompt_lens is None:
-            prompt_lens = common.rswa_prefix_lens
-        if lens is None or prompt_lens is None or prompt_lens.device.type != "cpu":
-            raise RuntimeError(
-                "vLLM told the host no lengths of the prompts that this step reads."
-            )
-        starts, ends = common.query_start_loc_cpu.tolist(), lens.tolist()
-        requests = [
-            list(
-                cut_chunk(
-                    self.kv_cache_spec.policy,
-                    request,
-                    row=starts[request],
-                    start=ends[request] - (starts[request + 1] - starts[request]),
-                    end=ends[request],
-                    prompt_len=prompt_len,
-                )
-            )
-            for request, prompt_len in enumerate(
-                prompt_lens[: common.num_reqs].tolist()
-            )
-        ]
-        return [
-            self._round(common, [piece for piece in pieces if piece is not None])
-            for pieces in zip_longest(*requests)
-        ]
+        if lens is None:
+            raise RuntimeError("vLLM told the host no lengths of the step's requests.")
+        cut = cut_step(
+            self.kv_cache_spec.policy,
+            common.query_start_loc_cpu.tolist(),
+            lens.tolist(),
+            prompt_lens.tolist(),
+            common.num_actual_tokens,
+        )
+        return [self._round(common, one, alone=len(cut) == 1) for one in cut]
 
     def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
         """A small table, copied without waiting for it."""
@@ -228,29 +273,22 @@ class DeviceMetadataBuilderMixin:
         return host.to(self.device, non_blocking=True)
 
     def _round(
-        self, common: CommonAttentionMetadata, pieces: list[Piece]
+        self, common: CommonAttentionMetadata, cut: HostRound, alone: bool
     ) -> DeviceRound:
         """One attention call over pieces that were cut on the host."""
-        budget, tokens = self.kv_cache_spec.policy.budget, common.num_actual_tokens
-        token_piece = [-1] * tokens
-        rows: list[int] = []
-        query_start_loc = [0]
-        for index, piece in enumerate(pieces):
-            span = range(piece.row, piece.row + piece.count)
-            token_piece[span.start : span.stop] = [index] * piece.count
-            rows += span
-            query_start_loc.append(len(rows))
-        reduced = [piece for piece in pieces if _is_reduced(piece, budget)]
+        pieces, rows, reduced = cut.pieces, cut.rows, cut.reduced
         live = [piece.live_after_write for piece in pieces]
-        every_request = len(pieces) == common.num_reqs
         table = common.block_table_tensor
-        if not every_request:
+        if len(pieces) < common.num_reqs:
             numbers = [piece.request for piece in pieces]
             table = table[self._to_device(numbers, torch.int64)]
-        inner = self._inner(
+        build = functools.partial(
+            self._inner,
             common,
-            query_start_loc=self._to_device(query_start_loc, torch.int32),
-            query_start_loc_cpu=torch.tensor(query_start_loc, dtype=torch.int32),
+            # Else FlashAttention's schedule lies in a buffer that the rounds share.
+            fast_build=not alone,
+            query_start_loc=self._to_device(cut.query_start_loc, torch.int32),
+            query_start_loc_cpu=torch.tensor(cut.query_start_loc, dtype=torch.int32),
             seq_lens=self._to_device(live, torch.int32),
             seq_lens_cpu_upper_bound=torch.tensor(live, dtype=torch.int32),
             num_reqs=len(pieces),
@@ -259,10 +297,12 @@ class DeviceMetadataBuilderMixin:
             block_table_tensor=table,
             slot_mapping=common.slot_mapping[: len(rows)],
         )
-        whole = rows == list(range(tokens))
+        later = self.needs.plans_on_host and not alone
+        inner = functools.partial(self._plan_anew, build) if later else _always(build())
+        whole = rows == list(range(common.num_actual_tokens))
         return DeviceRound(
             pieces=self._to_device(piece_rows(pieces), torch.int32),
-            token_piece=self._to_device(token_piece, torch.int32),
+            token_piece=self._to_device(cut.token_piece, torch.int32),
             rows=None if whole else self._to_device(rows, torch.int64),
             reduced=(
                 self._to_device(piece_rows(reduced), torch.int32) if reduced else None
@@ -270,3 +310,13 @@ class DeviceMetadataBuilderMixin:
             scans=any(piece.count == 1 for piece in pieces),
             inner=inner,
         )
+
+    def _plan_anew(self, build: Callable[[], Any]) -> Any:
+        """Plan a round over the plan of the one before, once that has been used.
+
+        Slow (it waits for the GPU), and rare: steps that read a prompt across the end
+        of a segment, or that replay output after a preemption.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return build()

@@ -8,7 +8,11 @@
     is wrapped when a policy is on. vLLM caches its choice of backend per process and
     selector config, so a registered override would capture every model.
 ``model_runner.py`` — model runner V1
-    hands prompt lengths to the metadata builder, as model runner V2 always does.
+    hands prompt lengths to the metadata builder.
+``model_runner_v2.py`` — model runner V2
+    does so too, without a copy to or from the device.
+``decode_graphs.py`` — both model runners
+    keep chunks of one prompt token out of full decode graphs, if a builder says so.
 ``engine_core.py`` — the engine core
     logs the capacity in plain words: tokens of budget and concurrent requests.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
@@ -29,6 +33,8 @@ PATCHES = (
     "engine_args",
     "attention_layer",
     "model_runner",
+    "model_runner_v2",
+    "decode_graphs",
     "engine_core",
     "kernel_dispatcher",
 )

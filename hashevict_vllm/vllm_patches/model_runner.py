@@ -3,11 +3,11 @@
 Where: ``GPUModelRunner._build_attention_metadata`` in
 ``vllm/v1/worker/gpu_model_runner.py``. It fills
 ``CommonAttentionMetadata.rswa_prefix_lens`` with the prompt lengths for R-SWA models
-only; model runner V2 always does. Why then: the batch is final, and the lengths are
-needed by `hashevict_vllm.attention.metadata` during this call only.
+only (`model_runner_v2` does for model runner V2 what this does for V1). Why then: the
+batch is final, and the metadata builders need the lengths during this call only.
 
-Upstream fix: patches/*/model_runner.patch fills the field always, as model runner V2
-does, and says so in ``always_passes_prompt_lens``.
+Upstream fix: patches/*/model_runner.patch fills the field always, and says so in
+``always_passes_prompt_lens``.
 """
 
 from __future__ import annotations

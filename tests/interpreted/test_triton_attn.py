@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.oracle import resolve
-from support.triton_attn import WrappedLayer
 
 from hashevict_vllm.policies.reference import ReferenceLayer
+from hashevict_vllm.verify.interpreter import allow_triton
+
+allow_triton()
+
+from support.oracle import resolve  # noqa: E402
+
+from hashevict_vllm.verify.layer import WrappedLayer  # noqa: E402
 
 HEADS, GROUP, DIM, SCALE = 1, 2, 32, 32**-0.5
 
 
 @pytest.mark.parametrize(
-    ("scoring", "segment", "dtype", "layout"),
+    ("scoring", "segment", "dtype", "slots_first"),
     [
-        ("instant", 32, torch.float32, "heads first"),
-        ("instant", 1, torch.float16, "slots first"),
-        ("vote", "prompt", torch.float32, "slots first"),
+        ("instant", 32, torch.float32, False),
+        ("instant", 1, torch.float16, True),
+        ("vote", "prompt", torch.float32, True),
     ],
 )
 def test_prefill_mixed_and_decode_batches_equal_the_oracle(
-    scoring: str, segment: int | str, dtype: torch.dtype, layout: str
+    scoring: str, segment: int | str, dtype: torch.dtype, slots_first: bool
 ) -> None:
     torch.manual_seed(0)
     policy = resolve(
@@ -37,7 +42,9 @@ def test_prefill_mixed_and_decode_batches_equal_the_oracle(
         16,
     )
     prompts, outputs = [60, 12, 45], 3
-    layer = WrappedLayer(policy, prompts, HEADS, GROUP, DIM, 16, dtype, layout, SCALE)
+    layer = WrappedLayer(
+        policy, prompts, HEADS, GROUP, DIM, 16, dtype, slots_first, SCALE
+    )
     oracles = [ReferenceLayer(policy, prompt, HEADS, DIM) for prompt in prompts]
     streams = [
         tuple(
@@ -72,3 +79,5 @@ def test_prefill_mixed_and_decode_batches_equal_the_oracle(
         torch.testing.assert_close(
             torch.cat(results[i]).float(), torch.cat(expected), **tolerance
         )
+        positions = oracles[i].slots.position.sort(dim=-1).values
+        assert torch.equal(layer.positions(i).long(), positions)

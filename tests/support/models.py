@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-VOCAB = 512
+from hashevict_vllm.verify.model import VOCAB, make_llama, random_prompt
 
-
-def make_llama(path: Path, **overrides: Any) -> Path:
-    """A random Llama; weights large enough that every cached token matters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    options: dict[str, Any] = {
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": VOCAB,
-        "intermediate_size": 256,
-        "max_position_embeddings": 65536,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**options, **overrides})).save_pretrained(path)
-    return path
+__all__ = ["VOCAB", "add_byte_tokenizer", "make_gemma3", "make_llama", "random_prompt"]
 
 
 def make_gemma3(path: Path) -> Path:
@@ -74,9 +52,3 @@ def add_byte_tokenizer(path: Path) -> Path:
     ).save_pretrained(path)
     assert len(vocabulary) <= VOCAB
     return path
-
-
-def random_prompt(length: int, seed: int = 0) -> list[int]:
-    """Random token ids of the random models' vocabulary."""
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()

@@ -1,4 +1,8 @@
-"""vLLM's TRITON_ATTN on CPU tensors, wrapped by the GPU mixins, in the interpreter."""
+"""One layer of vLLM's TRITON_ATTN, wrapped as on CUDA, without an engine around it.
+
+On a GPU, or on CPU tensors in Triton's interpreter; there
+`hashevict_vllm.verify.interpreter.allow_triton` comes first.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton.backends import Backend, backends
-
-# vLLM leaves Triton out on CPUs unless Triton has a backend for them
-# (vllm/triton_utils/importing.py); the interpreter needs none. Before vLLM is imported.
-backends.setdefault("cpu", Backend(compiler=None, driver=SimpleNamespace()))
-
-from vllm.config import CUDAGraphMode  # noqa: E402
-from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
-from vllm.v1.attention.backends.triton_attn import (  # noqa: E402
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionImpl,
     TritonAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from hashevict_vllm.attention.gpu_forward import DeviceImplMixin  # noqa: E402
-from hashevict_vllm.attention.gpu_metadata import (  # noqa: E402
-    DeviceMetadataBuilderMixin,
-)
-from hashevict_vllm.cache.spec import BudgetedAttentionSpec  # noqa: E402
-from hashevict_vllm.config import ResolvedKVPolicy  # noqa: E402
-from support.paged_triton import make_pages  # noqa: E402
+from hashevict_vllm.attention.gpu_forward import DeviceImplMixin
+from hashevict_vllm.attention.gpu_metadata import DeviceMetadataBuilderMixin
+from hashevict_vllm.attention.plan import occupied_slots
+from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.config import ResolvedKVPolicy
 
 MAX_TOKENS, MAX_MODEL_LEN = 96, 512
 
@@ -43,10 +39,28 @@ class WrappedLayer:
         head_dim: int,
         block_size: int,
         dtype: torch.dtype,
-        layout: str,
+        slots_first: bool,
         scale: float,
+        device: str = "cpu",
     ) -> None:
+        """Lay out the pages, with room for every request.
+
+        Args:
+            policy: The resolved policy.
+            prompt_lens: Lengths of the prompts, one per request.
+            heads: KV heads.
+            group: Query heads per KV head.
+            head_dim: D.
+            block_size: N.
+            dtype: Of q, k, v and the cache.
+            slots_first: Order inside a page: slots, then heads (vLLM's LBNHC, the
+                default on CUDA), or heads, then slots (LBHNC).
+            scale: Of the softmax.
+            device: Where it runs.
+
+        """
         self.prompt_lens, self.computed = prompt_lens, [0] * len(prompt_lens)
+        self.device = torch.device(device)
         impl_class = type(
             "Impl", (DeviceImplMixin, TritonAttentionImpl), {"policy": policy}
         )
@@ -60,7 +74,7 @@ class WrappedLayer:
             block_size=block_size, num_kv_heads=heads, head_size=head_dim, dtype=dtype
         )
         spec = BudgetedAttentionSpec.from_stock(stock, policy)
-        one = torch.ones(1)
+        one = torch.ones(1, device=self.device)
         self.layer: Any = SimpleNamespace(
             impl=self.impl, _q_scale=one, _k_scale=one, _v_scale=one
         )
@@ -70,18 +84,24 @@ class WrappedLayer:
         width = -(-MAX_MODEL_LEN // block_size)
         used = -(-self.builder.constants.bound // block_size)
         blocks = used * len(prompt_lens) + 1
-        words = self.builder.constants.rule.words
-        self.buffer, pages = make_pages(
-            layout, blocks, heads, block_size, head_dim, words, dtype
+        content = 2 * head_dim
+        inner = (
+            (content, heads * content)
+            if slots_first
+            else (block_size * content, content)
         )
+        page = spec.page_size_bytes
+        # Any bytes will do that are finite numbers: liveness comes from counts.
+        raw = torch.full((blocks * page,), 0x5A, dtype=torch.uint8)
         self.kv_cache = torch.as_strided(
-            pages.k,
-            (*pages.k.shape[:3], 2 * head_dim),
-            pages.k.stride(),
+            raw.to(self.device).view(dtype),
+            (blocks, heads, block_size, content),
+            (page // dtype.itemsize, *inner, 1),
         )
         order = torch.randperm(blocks - 1).int() + 1
-        self.block_table = torch.zeros(len(prompt_lens), width, dtype=torch.int32)
-        self.block_table[:, :used] = order.view(len(prompt_lens), used)
+        table = torch.zeros(len(prompt_lens), width, dtype=torch.int32)
+        table[:, :used] = order.view(len(prompt_lens), used)
+        self.block_table = table.to(self.device)
 
     def _vllm_config(self, heads: int, group: int, head_dim: int) -> Any:
         """What the builders read of vLLM's configuration."""
@@ -94,6 +114,7 @@ class WrappedLayer:
                 get_head_size=lambda: head_dim,
             ),
             parallel_config=None,
+            speculative_config=None,
             scheduler_config=SimpleNamespace(
                 max_num_batched_tokens=MAX_TOKENS, max_num_seqs=8
             ),
@@ -114,21 +135,32 @@ class WrappedLayer:
         lens = torch.tensor(self.computed, dtype=torch.int32)
         prompts = torch.tensor(self.prompt_lens, dtype=torch.int32)
         common = CommonAttentionMetadata(
-            query_start_loc=starts,
+            query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts,
-            seq_lens=lens,
+            seq_lens=lens.to(self.device),
             num_reqs=len(chunks),
             num_actual_tokens=sum(counts),
             max_query_len=max(counts),
             max_seq_len=max(self.computed),
             block_table_tensor=self.block_table,
-            slot_mapping=torch.full((sum(counts),), -1),
+            slot_mapping=torch.zeros(sum(counts), dtype=torch.int64).to(self.device),
             is_prefilling=torch.tensor(before) < prompts,
             seq_lens_cpu_upper_bound=lens,
             rswa_prefix_lens=prompts,
         )
         metadata = self.builder.build(0, common)
-        q, k, v = (torch.cat(x) for x in zip(*chunks, strict=True))
+        q, k, v = (torch.cat(x).to(self.device) for x in zip(*chunks, strict=True))
         output = torch.full_like(q, float("nan"))
         self.impl.forward(self.layer, q, k, v, self.kv_cache, metadata, output)
-        return list(output.split(counts))
+        return [part.cpu() for part in output.split(counts)]
+
+    def positions(self, request: int) -> torch.Tensor:
+        """Positions of a request's live slots, ascending: int32 [Hkv, n]."""
+        policy = self.builder.kv_cache_spec.policy
+        count = occupied_slots(
+            policy, self.computed[request], self.prompt_lens[request]
+        )
+        tail = self.impl._pages.tail.cpu()
+        slots = torch.arange(count)
+        blocks = self.block_table[request].cpu().long()[slots // tail.shape[3]]
+        return tail[blocks, :, -1, slots % tail.shape[3]].T.sort(dim=1).values

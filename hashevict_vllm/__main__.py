@@ -1,0 +1,23 @@
+"""The command ``hashevict-vllm``; serving is ``vllm serve``'s business."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main() -> None:
+    """Hand over to the subcommand."""
+    parser = argparse.ArgumentParser(prog="hashevict-vllm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "verify", help="check the kernels on this machine", add_help=False
+    )
+    parser.parse_args(sys.argv[1:2])
+    from hashevict_vllm.verify.__main__ import main as verify
+
+    verify(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

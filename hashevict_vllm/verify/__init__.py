@@ -1,0 +1,1 @@
+"""One command for a new machine: are the kernels right there, and how fast are they?"""
