@@ -64,7 +64,9 @@ def test_a_backend_without_graphs_gets_none(cuda: Any) -> None:
     assert support == AttentionCGSupport.NEVER
 
 
-STOCK, BUDGETED = SimpleNamespace(), SimpleNamespace(decode_graphs_serve_prompts=False)
+STOCK, BUDGETED = (
+    SimpleNamespace(decode_graphs_serve_prompts=serve) for serve in (True, False)
+)
 # Tokens read before the step, of prompts of 40 tokens: both decode; one has a last
 # token to read; that is so for both.
 ONE_TOKEN_STEPS = {"decode": [40, 47], "mixed": [39, 47], "prompts": [39, 12]}

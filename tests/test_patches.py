@@ -37,7 +37,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(copy: Path, code: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Python with the copy as its vLLM."""
     return subprocess.run(
-        [sys.executable, *code.split(maxsplit=1)],
+        [sys.executable, *code.split()],
         env={**os.environ, "PYTHONPATH": python_path(copy)},
         capture_output=True,
         text=True,
@@ -78,3 +78,9 @@ def test_patched_vllm_generates_the_same_tokens_without_run_time_patches(
     assert answer["in_vllm"] == dict.fromkeys(RUN_TIME_PATCHES, True)
     with engine(llama, POLICY) as llm:
         assert answer["tokens"] == greedy(llm, PROMPTS, TOKENS)
+
+
+def test_patched_vllm_keeps_prompts_out_of_decode_graphs_itself(copy: Path) -> None:
+    tests = Path(__file__).with_name("test_decode_graphs.py")
+    done = run(copy, f"-m pytest -q -p no:cacheprovider {tests}")
+    assert done.returncode == 0, done.stdout[-4000:]

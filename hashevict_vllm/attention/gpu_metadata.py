@@ -237,10 +237,12 @@ class DeviceMetadataBuilderMixin:
         pieces = torch.zeros(
             (1, ops.NUM_COLUMNS), dtype=torch.int32, device=self.device
         )
-        tokens = common.num_actual_tokens
+        nobody = torch.full(
+            (common.num_actual_tokens,), -1, dtype=torch.int32, device=self.device
+        )
         return DeviceRound(
             pieces=pieces,
-            token_piece=torch.full((tokens,), -1, dtype=torch.int32).to(self.device),
+            token_piece=nobody,
             rows=None,
             reduced=None,
             scans=False,
