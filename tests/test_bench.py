@@ -63,9 +63,11 @@ def test_decode_layer_measures_every_rule(tmp_path: Path, rule: str) -> None:
     (row,) = found["rows"]
     assert row["rule"] == rule
     assert row["seconds"].keys() == {
-        *("update 512", "attend 512", "update 1024", "attend 1024", "evict")
+        *("update 512", "attend 512", "update 1024", "attend 1024"),
+        *("evict", "attend evicted"),
     }
     assert row["evict_share"]["n"] == row["speedup"]["1024"]["n"] == 2
+    assert row["extra"]["median"] < row["evict_share"]["median"]
     assert row["bytes_read"] > 0
     assert (tmp_path / "decode-layer-D64-batch2.png").is_file()
 
@@ -90,6 +92,34 @@ def test_prefill_layer_measures_segments(tmp_path: Path) -> None:
     names = {f"{r} segment={s}" for r in ("vote", "instant") for s in ("128", "prompt")}
     assert row["speedup"].keys() == row["attention_speedup"].keys() == names
     assert row["seconds"].keys() == {"stock", *names}
+
+
+def test_engines_that_read_prompts_take_turns(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        *("prefill", "--lengths", "300", "700", "--segments", "128", "--layers", "1"),
+        *("--budget", "256", "--chunk", "200", "--repeats", "1"),
+        *("--stock-up-to", "300"),
+    )
+    short, long = found["rows"]
+    assert short["seconds"].keys() == {"stock", "vote segment=128"}
+    assert short["speedup"].keys() == {"vote segment=128"}
+    assert long["seconds"].keys() == {"vote segment=128"}
+    assert long["speedup"] == {}
+
+
+def test_a_peer_without_kvpress_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    for python in ("/bin/false", sys.executable):
+        with pytest.raises(SystemExit, match="--peer-python: ") as refused:
+            run(tmp_path, "peer", "--peer-python", python)
+        assert str(refused.value).count("\n") == 0
+
+
+def test_peers_get_the_same_prompts() -> None:
+    from hashevict_vllm.bench.peer_worker import prompts
+
+    assert prompts(3, 20, 1000) == prompts(3, 20, 1000)
+    assert {len(ids) for ids in prompts(3, 20, 1000)} == {20}
 
 
 def test_capacity_counts_blocks_as_vllm_does(tmp_path: Path) -> None:

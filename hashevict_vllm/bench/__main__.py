@@ -13,7 +13,9 @@ COMMANDS = {
     "decode-layer": "eviction step and attention of one layer in decode",
     "prefill-layer": "one layer reads a prompt, segment by segment",
     "capacity": "requests and context lengths that a pool holds",
+    "prefill": "a whole engine reads long prompts",
     "serve": "a real `vllm serve` under `vllm bench serve`",
+    "peer": "the same work through kvpress on transformers",
 }
 """Subcommands, one module each; imported when run, as some need seconds to load."""
 

@@ -128,23 +128,25 @@ def _replay_head(
     block_size, words = geometry[1], geometry[3]
     group = tokens.group if rule[2] == HAMMING_TO_QUERY else 1
     first_slot, count = np.int64(piece[4]), np.int64(piece[2])
-    scratch, best = np.empty(block_size, np.int32), np.empty(BEST_SIZE, np.int32)
+    scratch = np.empty(block_size, np.int32)
+    best = np.empty((1, BEST_SIZE), np.int32)
     x = np.empty(group * geometry[2], np.float32)
     dots = np.empty(group * geometry[8], np.float32)
     sources = np.empty((group, words), np.int32)
-    merged = np.zeros(merged_shape(group, words), np.int32)
+    shape = merged_shape(group, words)
+    merged = np.zeros((1, shape[0], shape[1]), np.int32)
     for i in range(max(budget - first_slot, 0), count):
         slot = first_slot + i
         if rule[2] == HAMMING_TO_QUERY:
             row = piece[3] + i
             merge_queries(
-                tokens, row, head, projection, x, dots, sources, geometry, merged
+                tokens, row, head, projection, x, dots, sources, geometry, merged[0]
             )
         elif rule[2] == HAMMING_TO_KEY:
             at = tail_of(blocks, slot, head, geometry) + slot % block_size
             for w in range(words):
                 sources[0, w] = tail[at + w * block_size]
-            merge(sources, merged)
+            merge(sources, merged[0])
         victim = find_victim(
             elements,
             tail,

@@ -38,6 +38,7 @@ def hamming_scores(
     stride: Any,
     words: Any,
     merged: Any,
+    which: Any,
     masks: Any,
     odd: Any,
     score: Any,
@@ -49,16 +50,19 @@ def hamming_scores(
     the distance 2 S_1 + 2 S_2 + .. + (1 or 2) S_M: no multiplication.
 
     ``tail`` int32 [..]: word w of slot i at ``base + w stride + i``; ``merged`` int32
-    [1 + M.., W..], the majority and the masks; ``masks`` M; ``odd`` 1 if G is odd;
-    ``score`` int32 [>= count], written up to a multiple of `SCAN_LANES`.
+    [H, 1 + M.., W], of number ``which`` the majority and the masks; ``masks`` M;
+    ``odd`` 1 if G is odd; ``score`` int32 [>= count], written up to a multiple of
+    `SCAN_LANES`. No slices: numba counts references of those.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, base, stride, words, _, masks, odd, _, count = args
+        _, base, stride, words, _, which, masks, odd, _, count = args
         tail = data_of(context, builder, signature, args, 0)
-        score = data_of(context, builder, signature, args, 7)
+        score = data_of(context, builder, signature, args, 8)
         array = context.make_array(signature.args[4])(context, builder, args[4])
-        merged, row_size = array.data, builder.extract_value(array.shape, 1)
+        height, row_size = (builder.extract_value(array.shape, i) for i in (1, 2))
+        start = builder.mul(which, builder.mul(height, row_size))
+        merged = builder.gep(array.data, [start])
         vector, index = ir.VectorType(_INT, SCAN_LANES), base.type
         one = ir.Constant(index, 1)
 
@@ -104,7 +108,7 @@ def hamming_scores(
         return context.get_dummy_value()
 
     return (
-        types.void(tail, base, stride, words, merged, masks, odd, score, count),
+        types.void(tail, base, stride, words, merged, which, masks, odd, score, count),
         codegen,
     )
 
@@ -120,20 +124,24 @@ def keep_best(
     lowest: Any,
     highest: Any,
     best: Any,
+    which: Any,
 ) -> Any:
     """Let every lane keep its best slot: largest score, then oldest position.
 
     ``score`` int32 [>= count]; ``tail`` int32 [..], positions from ``start`` on, of
     which those outside [``lowest``, ``highest``] are protected or dead; ``first_slot``
-    the number of the first; ``best`` int32 [BEST_SIZE]: scores, positions, slots.
+    the number of the first; ``best`` int32 [H, BEST_SIZE], of which row ``which`` holds
+    scores, positions and slots.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, _, start, count, first_slot, lowest, highest, _ = args
+        _, _, start, count, first_slot, lowest, highest, _, which = args
         score, tail = (
             data_of(context, builder, signature, args, which) for which in (0, 1)
         )
         best = data_of(context, builder, signature, args, 7)
+        row = builder.mul(which, ir.Constant(which.type, BEST_SIZE))
+        best = builder.gep(best, [row])
         vector, index = ir.VectorType(_INT, BEST_LANES), start.type
         lanes = ir.Constant(vector, list(range(BEST_LANES)))
 
@@ -183,7 +191,7 @@ def keep_best(
         return context.get_dummy_value()
 
     return (
-        types.void(score, tail, start, count, first_slot, lowest, highest, best),
+        types.void(score, tail, start, count, first_slot, lowest, highest, best, which),
         codegen,
     )
 

@@ -115,7 +115,7 @@ def _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score):
         score[i] = np.int32((cosine + np.float32(1)) * COSINE_UNIT)
 
 
-@njit
+@inlined
 def scan_block(
     tail,
     blocks,
@@ -129,10 +129,12 @@ def scan_block(
     rule,
     scratch,
     best,
+    which,
 ):
-    """Score a block's slots, from ``first`` on, and keep the best of them in ``best``.
+    """Score a block's slots, from ``first`` on, and keep the best of them.
 
-    ``scratch`` int32 [N] holds scores; where a rule has none of its own, the caller's.
+    ``merged`` and ``best`` by number ``which``, see `cpu_scan`. ``scratch`` int32 [N]
+    holds scores; where a rule has none of its own, the caller's.
     """
     block_size, words = geometry[1], geometry[3]
     count = min(block_size, num_slots - first)
@@ -141,7 +143,7 @@ def scan_block(
     if rule[2] <= HAMMING_TO_QUERY:
         masks, odd = np.int64((group + 1) // 2), np.int64(group % 2)
         hamming_scores(
-            tail, base, block_size, words, merged, masks, odd, scratch, count
+            tail, base, block_size, words, merged, which, masks, odd, scratch, count
         )
     elif rule[2] == VOTE:
         _vote_scores(tail[position - block_size : position], scratch)
@@ -150,7 +152,7 @@ def scan_block(
     elif rule[2] == RANDOM:
         _random_scores(rule[3], t, tail[position : position + block_size], scratch)
     lowest, highest = np.int64(rule[0]), np.int64(t) - 1 - rule[1]
-    keep_best(scratch, tail, position, count, first, lowest, highest, best)
+    keep_best(scratch, tail, position, count, first, lowest, highest, best, which)
 
 
 @njit
@@ -185,17 +187,17 @@ def find_victim(
 ):
     """The unprotected slot with the largest score; ties go to the oldest position.
 
-    ``merged`` are the ``group`` signatures compared with, merged by
+    ``merged[0]`` are the ``group`` signatures compared with, merged by
     `hashevict_vllm.kernels.cpu_hamming`; positions below the sinks or above
     ``t - 1 - recent`` are protected, slots marked ``~position`` are dead. Scratch:
-    ``scratch`` int32 [N], ``best`` int32 [BEST_SIZE].
+    ``scratch`` int32 [N], ``best`` int32 [1, BEST_SIZE].
     """
     block_size = geometry[1]
     mean = np.empty(geometry[2] if rule[2] == KEY_DIFF else 0, np.float32)
     if rule[2] == KEY_DIFF:
         _mean_direction(elements, tail, blocks, num_slots, head, k_map, geometry, mean)
     scratch[:] = np.int32(0)
-    reset_best(best)
+    reset_best(best[0])
     for first in range(0, num_slots, block_size):
         if rule[2] == KEY_DIFF:
             here = scratch[: min(block_size, num_slots - first)]
@@ -213,5 +215,6 @@ def find_victim(
             rule,
             scratch,
             best,
+            0,
         )
-    return best_slot(best)
+    return best_slot(best[0])

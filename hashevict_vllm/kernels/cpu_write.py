@@ -78,7 +78,6 @@ def write_items(
     group = tokens.group if rule[2] == HAMMING_TO_QUERY else 1
     x, y = np.empty(group * dim, np.float32), np.empty(dim, np.float32)
     dots = np.empty(group * geometry[8], np.float32)
-    key_dots = dots[: geometry[8]]
     queries = np.empty((group, words), np.int32)
     descriptions = np.zeros((heads, 1, words), np.int32)
     shape = merged_shape(group, words)
@@ -89,7 +88,7 @@ def write_items(
     frames = np.zeros((heads, 3 * dim), np.float64)
     lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
     # The request whose victims are chosen, but not overwritten yet, and its heads.
-    before, waiting_from, waiting_to = np.int64(-1), np.int64(0), np.int64(0)
+    before, waiting, waiting_to = np.int64(0), np.int64(0), np.int64(0)
     stop, item = np.int64(0), np.int64(0)
     while stop < len(rows):
         start = stop
@@ -97,11 +96,9 @@ def write_items(
             stop += 1
         low, high = max(first - item, 0), min(last - item, heads)
         item += heads
-        if low >= high:
-            continue
-        blocks, num_slots = block_table[requests[start]], np.int64(slots[start])
-        if not evict[start]:
-            for head in range(low, high):
+        row, blocks = rows[start], block_table[requests[start]]
+        for head in range(low, high):
+            if not evict[start]:
                 append_tokens(
                     elements,
                     tail,
@@ -119,164 +116,107 @@ def write_items(
                     lanes,
                     x[:dim],
                     y,
-                    key_dots,
+                    dots[: geometry[8]],
                     descriptions[0, 0],
                     frames[0],
                 )
-            continue
-        row, t = rows[start], positions[start]
-        # What the scan reads: votes and positions, with a ballot's words, or all.
-        first_row = words - 1 if rule[2] == VOTE and not voters[start] else 0
-        first_row = words if rule[2] == RECENCY else first_row
-        ahead = min(BLOCKS_AHEAD * block_size, num_slots)
-        for head in range(low, high):
-            prefetch_rows(tail, blocks, 0, ahead, head, geometry, first_row)
-            if rule[2] == VOTE:
-                prefetch_slot(elements, blocks, 0, head, k_map, geometry)
-            if waiting_from < waiting_to:
-                prefetch_victim(
-                    elements,
-                    block_table[requests[before]],
-                    victims[waiting_from],
-                    waiting_from,
-                    k_map,
-                    v_map,
-                    geometry,
-                )
-            load_new_key(tokens, row, head, geometry, y)
-            description = descriptions[head]
-            if rule[2] == VOTE:
-                frame = frames[head]
-                frame_of(
-                    elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame
-                )
-                describe_in(y, frame, projection, key_dots, description[0])
-            else:
-                describe_key(y, projection, key_dots, rule, description[0])
-            if rule[2] == HAMMING_TO_QUERY:
-                merge_queries(
-                    tokens,
-                    row,
-                    head,
-                    projection,
-                    x,
-                    dots,
-                    queries,
-                    geometry,
-                    merged[head],
-                )
-            elif rule[2] == HAMMING_TO_KEY:
-                merge(description, merged[head])
-            if waiting_from < waiting_to:
+                continue
+            look_ahead(
+                elements,
+                tail,
+                blocks,
+                slots[start],
+                head,
+                voters[start],
+                k_map,
+                geometry,
+                rule,
+            )
+            victim_blocks = block_table[requests[before]]
+            if waiting < waiting_to:
+                victim = victims[waiting]
+                prefetch_slot(elements, victim_blocks, victim, waiting, k_map, geometry)
+                prefetch_slot(elements, victim_blocks, victim, waiting, v_map, geometry)
+            describe_new(
+                elements,
+                tokens,
+                row,
+                blocks,
+                head,
+                projection,
+                k_map,
+                geometry,
+                rule,
+                lanes,
+                x,
+                y,
+                dots,
+                frames[head],
+                queries,
+                descriptions[head],
+                merged[head],
+            )
+            if waiting < waiting_to:
                 copy_in(
                     elements,
                     tokens,
                     rows[before],
-                    block_table[requests[before]],
-                    victims[waiting_from],
-                    waiting_from,
+                    victim_blocks,
+                    victims[waiting],
+                    waiting,
                     k_map,
                     v_map,
                     geometry,
                 )
-                waiting_from += 1
-        while waiting_from < waiting_to:
-            copy_in(
-                elements,
-                tokens,
-                rows[before],
-                block_table[requests[before]],
-                victims[waiting_from],
-                waiting_from,
-                k_map,
-                v_map,
-                geometry,
-            )
-            waiting_from += 1
-        if voters[start]:
-            for head in range(low, high):
-                cast_votes(
-                    tail,
-                    tokens,
-                    row,
-                    blocks,
-                    num_slots,
-                    head,
-                    projection,
-                    geometry,
-                    rule,
-                    strengths,
-                    frames[head],
-                    t,
-                )
-        scratch[:] = np.int32(0)
-        for head in range(low, high):
-            reset_best(best[head])
-        for first_slot in range(0, num_slots if rule[2] != KEY_DIFF else 0, block_size):
-            for head in range(low, high):
-                if first_slot + ahead < num_slots:
-                    prefetch_rows(
-                        tail,
-                        blocks,
-                        first_slot + ahead,
-                        first_slot + ahead + block_size,
-                        head,
-                        geometry,
-                        first_row,
-                    )
-                scan_block(
-                    tail,
-                    blocks,
-                    first_slot,
-                    num_slots,
-                    head,
-                    merged[head],
-                    group,
-                    t,
-                    geometry,
-                    rule,
-                    scratch,
-                    best[head],
-                )
-        for head in range(low, high):
-            if rule[2] == KEY_DIFF:
-                slot = find_victim(
-                    elements,
-                    tail,
-                    blocks,
-                    num_slots,
-                    head,
-                    merged[head],
-                    group,
-                    t,
-                    k_map,
-                    geometry,
-                    rule,
-                    scratch,
-                    best[head],
-                )
-            else:
-                slot = best_slot(best[head])
-            victims[head] = slot
-            describe_slot(tail, blocks, slot, head, geometry, descriptions[head, 0], t)
-        before, waiting_from, waiting_to = start, low, high
-    for head in range(waiting_from, waiting_to):
-        blocks = block_table[requests[before]]
-        if head == waiting_from:
-            prefetch_victim(
-                elements, blocks, victims[head], head, k_map, v_map, geometry
-            )
-        if head + 1 < waiting_to:
-            prefetch_victim(
-                elements, blocks, victims[head + 1], head + 1, k_map, v_map, geometry
-            )
-        copy_in(
+                waiting += 1
+        if low >= high or not evict[start]:
+            continue
+        # Two requests may differ in how many of their heads are this thread's.
+        overwrite(
             elements,
             tokens,
             rows[before],
+            block_table[requests[before]],
+            victims,
+            waiting,
+            waiting_to,
+            k_map,
+            v_map,
+            geometry,
+        )
+        choose_victims(
+            elements,
+            tail,
+            tokens,
+            row,
+            positions[start],
             blocks,
-            victims[head],
-            head,
+            slots[start],
+            low,
+            high,
+            voters[start],
+            projection,
+            k_map,
+            geometry,
+            rule,
+            strengths,
+            frames,
+            merged,
+            best,
+            scratch,
+            descriptions,
+            victims,
+        )
+        before, waiting, waiting_to = start, low, high
+    if waiting < waiting_to:
+        overwrite(
+            elements,
+            tokens,
+            rows[before],
+            block_table[requests[before]],
+            victims,
+            waiting,
+            waiting_to,
             k_map,
             v_map,
             geometry,
@@ -284,10 +224,167 @@ def write_items(
 
 
 @njit
-def prefetch_victim(elements, blocks, slot, head, k_map, v_map, geometry):
-    """Ask for all lines of a slot that is overwritten soon."""
-    prefetch_slot(elements, blocks, slot, head, k_map, geometry)
-    prefetch_slot(elements, blocks, slot, head, v_map, geometry)
+def first_word_read(geometry, rule, votes):
+    """The first of a slot's words that a scan reads, after a ballot if ``votes``."""
+    if rule[2] == RECENCY:
+        return geometry[3]
+    return geometry[3] - 1 if rule[2] == VOTE and not votes else 0
+
+
+@njit
+def look_ahead(elements, tail, blocks, num_slots, head, votes, k_map, geometry, rule):
+    """Ask for what one head's description and the beginning of its scan read."""
+    end = min(BLOCKS_AHEAD * geometry[1], np.int64(num_slots))
+    word = first_word_read(geometry, rule, votes)
+    prefetch_rows(tail, blocks, 0, end, head, geometry, word)
+    if rule[2] == VOTE:
+        # The sinks, of which slot 0 is one, make the frame.
+        prefetch_slot(elements, blocks, 0, head, k_map, geometry)
+
+
+@njit
+def describe_new(
+    elements,
+    tokens,
+    row,
+    blocks,
+    head,
+    projection,
+    k_map,
+    geometry,
+    rule,
+    lanes,
+    x,
+    y,
+    dots,
+    frame,
+    queries,
+    description,
+    merged,
+):
+    """Describe an evicting token's key, and what slots are to be compared with.
+
+    Written: ``description`` int32 [1, W], ``merged`` as `merge`, ``frame`` [3 D] for
+    votes. Scratch: ``x`` [G * D], ``y`` [D], ``dots`` [G * b], ``queries`` int32 [G, W].
+    """
+    key_dots = dots[: geometry[8]]
+    load_new_key(tokens, row, head, geometry, y)
+    if rule[2] == VOTE:
+        sinks = rule[0]
+        frame_of(elements, blocks, head, k_map, lanes, geometry, sinks, x, frame)
+        describe_in(y, frame, projection, key_dots, description[0])
+    else:
+        describe_key(y, projection, key_dots, rule, description[0])
+    if rule[2] == HAMMING_TO_QUERY:
+        merge_queries(tokens, row, head, projection, x, dots, queries, geometry, merged)
+    elif rule[2] == HAMMING_TO_KEY:
+        merge(description, merged)
+
+
+@njit
+def choose_victims(
+    elements,
+    tail,
+    tokens,
+    row,
+    t,
+    blocks,
+    num_slots,
+    low,
+    high,
+    votes,
+    projection,
+    k_map,
+    geometry,
+    rule,
+    strengths,
+    frames,
+    merged,
+    best,
+    scratch,
+    descriptions,
+    victims,
+):
+    """Choose victims in heads [low, high) and describe the token at position t there.
+
+    Arrays by head: ``frames`` [H, 3 D], ``merged``, ``descriptions`` [H, 1, W], ``victims`` [H], written,
+    ``best`` [H, BEST_SIZE], scratch as ``scratch`` int32 [N].
+    """
+    block_size = geometry[1]
+    group, num_slots = np.int64(merged.shape[1] - 2), np.int64(num_slots)
+    if votes:
+        for head in range(low, high):
+            cast_votes(
+                tail,
+                tokens,
+                row,
+                blocks,
+                num_slots,
+                head,
+                projection,
+                geometry,
+                rule,
+                strengths,
+                frames[head],
+                t,
+            )
+    scratch[:] = np.int32(0)
+    for head in range(low, high):
+        reset_best(best[head])
+    word = first_word_read(geometry, rule, votes)
+    for first in range(0, num_slots if rule[2] != KEY_DIFF else 0, block_size):
+        ahead = first + BLOCKS_AHEAD * block_size
+        for head in range(low, high):
+            if ahead < num_slots:
+                prefetch_rows(tail, blocks, ahead, ahead + 1, head, geometry, word)
+            scan_block(
+                tail,
+                blocks,
+                first,
+                num_slots,
+                head,
+                merged,
+                group,
+                t,
+                geometry,
+                rule,
+                scratch,
+                best,
+                head,
+            )
+    for head in range(low, high):
+        slot = best_slot(best[head])
+        if rule[2] == KEY_DIFF:
+            slot = find_victim(
+                elements,
+                tail,
+                blocks,
+                num_slots,
+                head,
+                merged[head : head + 1],
+                group,
+                t,
+                k_map,
+                geometry,
+                rule,
+                scratch,
+                best[head : head + 1],
+            )
+        victims[head] = slot
+        describe_slot(tail, blocks, slot, head, geometry, descriptions[head, 0], t)
+
+
+@njit
+def overwrite(
+    elements, tokens, row, blocks, victims, low, high, k_map, v_map, geometry
+):
+    """Write K and V of a token over its victims in heads [low, high)."""
+    for head in range(low, high):
+        for ahead in range(low if head == low else head + 1, min(head + 2, high)):
+            prefetch_slot(elements, blocks, victims[ahead], ahead, k_map, geometry)
+            prefetch_slot(elements, blocks, victims[ahead], ahead, v_map, geometry)
+        slot = victims[head]
+        copy_in(elements, tokens, row, blocks, slot, head, k_map, v_map, geometry)
 
 
 @njit
