@@ -264,8 +264,8 @@ def describe_new(
 ):
     """Describe an evicting token's key, and what slots are to be compared with.
 
-    Written: ``description`` int32 [1, W], ``merged`` as `merge`, ``frame`` [3 D] for
-    votes. Scratch: ``x`` [G * D], ``y`` [D], ``dots`` [G * b], ``queries`` int32 [G, W].
+    Written: ``description`` int32 [1, W], ``merged`` as `merge`, with votes ``frame``
+    [3 D]. Scratch: ``x`` [G * D], ``y`` [D], ``dots`` [G * b], ``queries`` int32 [G, W].
     """
     key_dots = dots[: geometry[8]]
     load_new_key(tokens, row, head, geometry, y)
@@ -307,8 +307,8 @@ def choose_victims(
 ):
     """Choose victims in heads [low, high) and describe the token at position t there.
 
-    Arrays by head: ``frames`` [H, 3 D], ``merged``, ``descriptions`` [H, 1, W], ``victims`` [H], written,
-    ``best`` [H, BEST_SIZE], scratch as ``scratch`` int32 [N].
+    Arrays by head: ``frames`` [H, 3 D], ``merged``, ``descriptions`` [H, 1, W],
+    ``victims`` [H], written, ``best`` [H, BEST_SIZE], scratch as ``scratch`` int32 [N].
     """
     block_size = geometry[1]
     group, num_slots = np.int64(merged.shape[1] - 2), np.int64(num_slots)
