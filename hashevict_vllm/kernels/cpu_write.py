@@ -265,7 +265,7 @@ def describe_new(
     """Describe an evicting token's key, and what slots are to be compared with.
 
     Written: ``description`` int32 [1, W], ``merged`` as `merge`, with votes ``frame``
-    [3 D]. Scratch: ``x`` [G * D], ``y`` [D], ``dots`` [G * b], ``queries`` int32 [G, W].
+    [3 D]. Scratch: ``x`` [G * D], ``y`` [D], ``dots`` [G * b], ``queries`` [G, W].
     """
     key_dots = dots[: geometry[8]]
     load_new_key(tokens, row, head, geometry, y)
