@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,7 @@ from hashevict_vllm.attention.gpu_metadata import (  # noqa: E402
 )
 from hashevict_vllm.attention.inner import InnerBackend  # noqa: E402
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec  # noqa: E402
+from hashevict_vllm.vllm_patches import model_runner_v2  # noqa: E402
 
 POLICY = KVPolicyConfig.from_dict(
     {"name": "hashevict", "budget": 64, "segment": 32, "recent": 16}
@@ -328,3 +330,23 @@ def test_scales_per_head_are_refused() -> None:
     spec = BudgetedAttentionSpec.from_stock(stock, POLICY)
     with pytest.raises(KVPolicyError, match=r"^--kv-cache-dtype: .* scale for every"):
         DeviceConstants.build(layer, spec, None, one.device)
+
+
+# -- prompt lengths --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [{}, kv_policy(budget=512)])
+def test_prompt_lengths_are_passed_where_a_policy_is_on(policy: dict[str, Any]) -> None:
+    made = SimpleNamespace(prompt_lens=None, idx_mapping_np=np.array([2, 0]))
+    runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(additional_config=policy),
+        req_states=SimpleNamespace(
+            prompt_len=SimpleNamespace(np=np.array([7, 8, 9], np.int32))
+        ),
+    )
+    wrapped = model_runner_v2.wrap(lambda self: made)
+    batch = wrapped(runner)
+    if policy:
+        assert batch.prompt_lens.tolist() == [9, 7]
+    else:
+        assert batch.prompt_lens is None

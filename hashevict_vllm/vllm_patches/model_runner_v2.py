@@ -13,9 +13,14 @@ Upstream fix: patches/*/model_runner_v2.patch, which also says so in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hashevict_vllm.config import ADDITIONAL_CONFIG_KEY
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def in_vllm() -> bool:
@@ -25,20 +30,30 @@ def in_vllm() -> bool:
     return getattr(GPUModelRunner, "always_passes_prompt_lens", False)
 
 
+def _has_policy(vllm_config: VllmConfig) -> bool:
+    """Whether a policy is named; asked in every step, and so not read."""
+    additional = vllm_config.additional_config
+    return isinstance(additional, dict) and ADDITIONAL_CONFIG_KEY in additional
+
+
 def apply() -> None:
     """Patch once per process."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     stock = GPUModelRunner.prepare_inputs
-    if in_vllm() or hasattr(stock, "hashevict_stock"):
-        return
+    if not in_vllm() and not hasattr(stock, "hashevict_stock"):
+        GPUModelRunner.prepare_inputs = wrap(stock)
+
+
+def wrap(stock: Any) -> Any:
+    """``prepare_inputs`` whose batches of requests have prompt lengths."""
 
     def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = stock(self, *args, **kwargs)
-        if batch.prompt_lens is None:
+        if batch.prompt_lens is None and _has_policy(self.vllm_config):
             lengths = self.req_states.prompt_len.np[batch.idx_mapping_np]
             batch.prompt_lens = torch.from_numpy(lengths)
         return batch
 
     prepare_inputs.hashevict_stock = stock  # type: ignore[attr-defined]
-    GPUModelRunner.prepare_inputs = prepare_inputs
+    return prepare_inputs
