@@ -11,6 +11,7 @@ from typing import Any
 
 COMMANDS = {
     "decode-layer": "eviction step and attention of one layer in decode",
+    "evict-parts": "what the eviction step of a layer consists of",
     "prefill-layer": "one layer reads a prompt, segment by segment",
     "capacity": "requests and context lengths that a pool holds",
     "prefill": "a whole engine reads long prompts",

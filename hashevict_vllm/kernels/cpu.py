@@ -107,6 +107,8 @@ def write_tokens(
 @njit
 def _threads(team, items, work):
     """How many threads are worth starting for so many items, and as much work."""
+    if team[0] == 0:
+        return 1
     return max(1, min(team[1], items, work // WORK_OF_A_THREAD))
 
 
