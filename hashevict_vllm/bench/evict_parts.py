@@ -2,7 +2,8 @@
 
 Each part is run alone for all requests and heads, after attention over the same cache:
 hashes, the scan with its scores, the write of K and V to arbitrary slots; for votes the
-centre and a ballot, which one step of ``vote_every`` takes. They need not add up to the
+frame of the keys with what a new key is in it, and a ballot, which one step of
+``vote_every`` takes. They need not add up to the
 whole step, in which one part's memory accesses overlap with another's arithmetic.
 """
 
@@ -18,7 +19,7 @@ from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.decode_layer import resolve
 from hashevict_vllm.bench.layer import Attention, BudgetedLayer, Shape
 from hashevict_vllm.bench.results import Results, show_progress
-from hashevict_vllm.kernels.cpu_centre import adjacent_keys, centre_of
+from hashevict_vllm.kernels.cpu_frame import adjacent_keys, describe_in, frame_of
 from hashevict_vllm.kernels.cpu_hamming import merged_shape
 from hashevict_vllm.kernels.cpu_hash import hash_row
 from hashevict_vllm.kernels.cpu_scan import BEST_SIZE, best_slot, reset_best
@@ -85,7 +86,7 @@ def measure(
         "write": write,
     }
     if rule == "vote":
-        parts["centre"] = lambda _: _centre(*common, k_map)
+        parts["frame"] = lambda _: _frame(*common, k_map, projection)
         parts["ballot"] = lambda _: _ballot(*common, projection, strengths, budget)
     spaced: dict[str, timing.Part] = {}
     for name, part in parts.items():
@@ -97,7 +98,7 @@ def measure(
 
 
 @njit(nogil=True)
-def _write(elements, tail, places, table, geometry, rule, k_map, v_map, slots):  # type: ignore[no-untyped-def]
+def _write(elements, tail, places, table, geometry, rule, k_map, v_map, slots):
     tokens = tokens_at(places, elements)
     elements, table = borrowed(elements), borrowed(table)
     for row in range(len(table)):
@@ -107,7 +108,7 @@ def _write(elements, tail, places, table, geometry, rule, k_map, v_map, slots): 
 
 
 @njit(nogil=True)
-def _hash(elements, tail, places, table, geometry, rule, projection, queries):  # type: ignore[no-untyped-def]
+def _hash(elements, tail, places, table, geometry, rule, projection, queries):
     tokens = tokens_at(places, elements)
     b, words, group = geometry[8], (geometry[8] + 31) // 32, tokens.group
     x, dots = np.empty(group * geometry[2], np.float32), np.empty(group * b, np.float32)
@@ -125,7 +126,7 @@ def _hash(elements, tail, places, table, geometry, rule, projection, queries):  
 
 
 @njit(nogil=True)
-def _scan(elements, tail, places, table, geometry, rule, budget):  # type: ignore[no-untyped-def]
+def _scan(elements, tail, places, table, geometry, rule, budget):
     tail, table = borrowed(tail), borrowed(table)
     group, heads, block_size = places[7], geometry[0], geometry[1]
     merged = np.zeros((heads, group + 2, geometry[3]), np.int32)
@@ -160,23 +161,29 @@ def _scan(elements, tail, places, table, geometry, rule, budget):  # type: ignor
 
 
 @njit(nogil=True)
-def _centre(elements, tail, places, table, geometry, rule, k_map):  # type: ignore[no-untyped-def]
+def _frame(elements, tail, places, table, geometry, rule, k_map, projection):
+    tokens = tokens_at(places, elements)
     elements, table = borrowed(elements), borrowed(table)
-    lanes = adjacent_keys(k_map, rule[0])
-    x, centre = np.empty(geometry[2], np.float32), np.empty(geometry[2], np.float32)
+    dim, lanes = geometry[2], adjacent_keys(k_map, rule[0])
+    x, y = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    frame, dots = np.empty(3 * dim, np.float64), np.empty(geometry[8], np.float32)
+    words = np.empty(geometry[3], np.int32)
     for row in range(len(table)):
         for head in range(geometry[0]):
-            centre_of(
-                elements, table[row], head, k_map, lanes, geometry, rule[0], x, centre
+            frame_of(
+                elements, table[row], head, k_map, lanes, geometry, rule[0], x, frame
             )
+            load_new_key(tokens, row, head, geometry, y)
+            describe_in(y, frame, projection, dots, words)
 
 
 @njit(nogil=True)
 def _ballot(
     elements, tail, places, table, geometry, rule, projection, strengths, budget
-):  # type: ignore[no-untyped-def]
+):
     tokens = tokens_at(places, elements)
     tail, table = borrowed(tail), borrowed(table)
+    frame = np.zeros(3 * geometry[2], np.float64)
     for row in range(len(table)):
         for head in range(geometry[0]):
             cast_votes(
@@ -190,5 +197,6 @@ def _ballot(
                 geometry,
                 rule,
                 strengths,
+                frame,
                 5 * budget,
             )
