@@ -97,7 +97,7 @@ def measure(
 
 
 @njit(nogil=True)
-def _write(elements, tail, places, table, geometry, rule, k_map, v_map, slots):  # type: ignore[no-untyped-def]
+def _write(elements, tail, places, table, geometry, rule, k_map, v_map, slots):
     tokens = tokens_at(places, elements)
     elements, table = borrowed(elements), borrowed(table)
     for row in range(len(table)):
@@ -107,7 +107,7 @@ def _write(elements, tail, places, table, geometry, rule, k_map, v_map, slots): 
 
 
 @njit(nogil=True)
-def _hash(elements, tail, places, table, geometry, rule, projection, queries):  # type: ignore[no-untyped-def]
+def _hash(elements, tail, places, table, geometry, rule, projection, queries):
     tokens = tokens_at(places, elements)
     b, words, group = geometry[8], (geometry[8] + 31) // 32, tokens.group
     x, dots = np.empty(group * geometry[2], np.float32), np.empty(group * b, np.float32)
@@ -125,7 +125,7 @@ def _hash(elements, tail, places, table, geometry, rule, projection, queries):  
 
 
 @njit(nogil=True)
-def _scan(elements, tail, places, table, geometry, rule, budget):  # type: ignore[no-untyped-def]
+def _scan(elements, tail, places, table, geometry, rule, budget):
     tail, table = borrowed(tail), borrowed(table)
     group, heads, block_size = places[7], geometry[0], geometry[1]
     merged = np.zeros((heads, group + 2, geometry[3]), np.int32)
@@ -160,7 +160,7 @@ def _scan(elements, tail, places, table, geometry, rule, budget):  # type: ignor
 
 
 @njit(nogil=True)
-def _centre(elements, tail, places, table, geometry, rule, k_map):  # type: ignore[no-untyped-def]
+def _centre(elements, tail, places, table, geometry, rule, k_map):
     elements, table = borrowed(elements), borrowed(table)
     lanes = adjacent_keys(k_map, rule[0])
     x, centre = np.empty(geometry[2], np.float32), np.empty(geometry[2], np.float32)
@@ -174,7 +174,7 @@ def _centre(elements, tail, places, table, geometry, rule, k_map):  # type: igno
 @njit(nogil=True)
 def _ballot(
     elements, tail, places, table, geometry, rule, projection, strengths, budget
-):  # type: ignore[no-untyped-def]
+):
     tokens = tokens_at(places, elements)
     tail, table = borrowed(tail), borrowed(table)
     for row in range(len(table)):
