@@ -92,7 +92,7 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "instant, no protection": (0, 1, 2, 16),
     "instant, token by token": (1, 0),
     "one query head": (0, 0, 1, 1),
-    "one query head, segments": (0, 0, 3, 5),
+    "one query head, segments": (0, 0, 3, 8),
     "one query head, reference": (0, 1, 1, 1),
 }
 """Seeds of prompts whose continuation rounding noise leaves alone, per length; from

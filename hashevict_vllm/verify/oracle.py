@@ -100,14 +100,14 @@ class Oracle:
         vLLM and transformers differ in q and k by some 2e-6 of their size in float32
         (measured on prompt logprobs). A sign bit near zero may then flip, and where two
         logits nearly tie, so may a token. Exact comparisons use prompts that five times
-        that noise does not change.
+        that noise does not change in four tries.
         """
         expected = self.greedy(prompt, policy, tokens)
         self.noise = 1e-5
         try:
             torch.manual_seed(0)
             return all(
-                self.greedy(prompt, policy, tokens) == expected for _ in range(2)
+                self.greedy(prompt, policy, tokens) == expected for _ in range(4)
             )
         finally:
             self.noise = 0.0

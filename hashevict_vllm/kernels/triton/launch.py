@@ -17,8 +17,9 @@ fit one more program on a multiprocessor; with it none of the kernels does."""
 FRAME_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 """Bounded as scans are: it needs half of that."""
 
-DESCRIBE_OPTIONS = {"num_warps": 4, "num_stages": 2}
-"""With three stages tiles of float64 would take more than 48 KiB of shared memory."""
+DESCRIBE_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 128}
+"""With three stages tiles of float64 would take more than 48 KiB of shared memory;
+bounded as scans are."""
 
 COPY_OPTIONS = {"num_warps": 1}
 """A program copies one row of K and of V."""
