@@ -92,11 +92,13 @@ SEEDS: dict[str, tuple[int, ...]] = {
     "instant, no protection": (0, 1, 2, 16),
     "instant, token by token": (1, 0),
     "one query head": (0, 0, 1, 1),
-    "one query head, segments": (0, 0, 3, 8),
+    "one query head, segments": (0, 0, 3, 9),
     "one query head, reference": (0, 1, 1, 1),
 }
 """Seeds of prompts whose continuation rounding noise leaves alone, per length; from
-``python -m support.find_prompts``, which asks the oracle and not the engine."""
+``python -m support.find_prompts``, which asks the oracle and not the engine. One is not
+its first: of "one query head, segments", 5 and 8 stand the oracle's noise too, but what
+the engine answers to them changes with the batch that they are served in."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
