@@ -234,10 +234,11 @@ class BudgetedLayer:
         """
         g, item = self.pages.geometry, WORD_BYTES
         rows, sinks = g.words + 1, self.policy.sinks
+        row = g.num_kv_heads * g.block_size * item
         tail = np.lib.stride_tricks.as_strided(
             self.pages.tail[g.kv_bytes // item :],
             (len(self.cache.kv_cache), g.num_kv_heads, rows, g.block_size),
-            (g.block_stride, rows * g.block_size * item, g.block_size * item, item),
+            (g.block_stride, row // g.num_kv_heads, row, item),
         )
         random = np.random.default_rng(0)
         budget = self.policy.budget

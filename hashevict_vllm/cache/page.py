@@ -4,12 +4,13 @@ A page is one layer's share of one block. Stock K/V come first, in whatever orde
 inner backend's kernels want; the metadata of the block's slots follow in a tail that
 vLLM accounts for as page padding::
 
-    | K/V: H heads x N slots x 2D elements | tail: H x (W + 1) x N words of 32 bits |
+    | K/V: H heads x N slots x 2D elements | tail: (W + 1) x H x N words of 32 bits |
 
-For each head the tail holds W rows of the rule's words, such as a signature, and one
-row of positions, each row N slots long, so that a scan reads contiguous memory. The
-position of a slot that was evicted while its segment is still open is stored as
-``~position`` (design 1.3).
+The tail holds W rows of the rule's words, such as a signature, and last a row of
+positions. A row has the words of all heads, N slots each, so that a scan, which reads
+few of the rows, reads contiguous memory: on a CPU it is bound by the pages of memory
+that it touches. The position of a slot that was evicted while its segment is still open
+is stored as ``~position`` (design 1.3).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hashevict_vllm.kernels.cpu_frame import adjacent_keys, frame_of
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu_scan import BEST_SIZE
 from hashevict_vllm.kernels.cpu_scores import find_victim, merge_queries
-from hashevict_vllm.kernels.cpu_slots import borrowed, elements_of, tail_of
+from hashevict_vllm.kernels.cpu_slots import borrowed, elements_of, row_size, tail_of
 from hashevict_vllm.kernels.cpu_tokens import tokens_at
 from hashevict_vllm.kernels.cpu_votes import cast_votes, mark_losers
 from hashevict_vllm.kernels.cpu_write import write_items
@@ -127,7 +127,7 @@ def _replay_head(
     budget,
 ):
     """Mark, for one (piece, KV head), the victims of the tokens beyond the budget."""
-    block_size, words = geometry[1], geometry[3]
+    block_size, words, size = geometry[1], geometry[3], row_size(geometry)
     group = tokens.group if rule[2] == HAMMING_TO_QUERY else 1
     first_slot, count = np.int64(piece[4]), np.int64(piece[2])
     scratch = np.empty(block_size, np.int32)
@@ -147,7 +147,7 @@ def _replay_head(
         elif rule[2] == HAMMING_TO_KEY:
             at = tail_of(blocks, slot, head, geometry) + slot % block_size
             for w in range(words):
-                sources[0, w] = tail[at + w * block_size]
+                sources[0, w] = tail[at + w * size]
             merge(sources, merged[0])
         victim = find_victim(
             elements,
@@ -165,7 +165,7 @@ def _replay_head(
             best,
         )
         at = tail_of(blocks, victim, head, geometry)
-        at += words * block_size + victim % block_size
+        at += words * size + victim % block_size
         tail[at] = ~tail[at]
 
 
@@ -173,21 +173,23 @@ def _replay_head(
 def _compact_head(elements, tail, end, blocks, head, k_map, v_map, geometry, budget):
     """Move survivors in slots [budget, end) into the marked slots, in slot order."""
     block_size, dim, words = geometry[1], geometry[2], geometry[3]
-    rows, size = (words + 1) * block_size, 2 * block_size * dim
+    row, size = row_size(geometry), 2 * block_size * dim
     hole = np.int64(-1)
     for slot in range(budget, end):
         at = tail_of(blocks, slot, head, geometry)
-        source_meta, offset = tail[at : at + rows], slot % block_size
-        if source_meta[words * block_size + offset] < 0:
+        offset = slot % block_size
+        source_meta = at + offset
+        if tail[source_meta + words * row] < 0:
             continue
         position = np.int32(0)
         while position >= 0:
             hole += 1
             at = tail_of(blocks, hole, head, geometry)
-            position = tail[at + words * block_size + hole % block_size]
-        target_meta, target_offset = tail[at : at + rows], hole % block_size
-        for w in range(0, rows, block_size):
-            target_meta[w + target_offset] = source_meta[w + offset]
+            target_offset = hole % block_size
+            target_meta = at + target_offset
+            position = tail[target_meta + words * row]
+        for w in range(words + 1):
+            tail[target_meta + w * row] = tail[source_meta + w * row]
         at = elements_of(blocks, slot, head, geometry)
         source = elements[at : at + size]
         at = elements_of(blocks, hole, head, geometry)

@@ -13,7 +13,13 @@ from numba import njit
 
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16, FLOAT32
 from hashevict_vllm.kernels.cpu_hash import hash_row
-from hashevict_vllm.kernels.cpu_slots import FP16_REBIAS, elements_of, load_key, tail_of
+from hashevict_vllm.kernels.cpu_slots import (
+    FP16_REBIAS,
+    elements_of,
+    load_key,
+    row_size,
+    tail_of,
+)
 from hashevict_vllm.kernels.cpu_vector import LANES, sum_of_run
 from hashevict_vllm.policies.frame import PARALLEL
 
@@ -198,13 +204,13 @@ def describe_sinks(
 
     ``words`` int32 [W] is scratch.
     """
-    block_size = geometry[1]
+    block_size, size = geometry[1], row_size(geometry)
     for slot in range(sinks):
         load_key(elements, blocks, slot, head, k_map, geometry, x)
         describe_in(x, frame, projection, dots, words)
         at = tail_of(blocks, slot, head, geometry) + slot % block_size
         for w in range(len(words)):
-            tail[at + w * block_size] = words[w]
+            tail[at + w * size] = words[w]
 
 
 @njit

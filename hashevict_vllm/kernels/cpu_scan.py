@@ -1,8 +1,9 @@
 """The scan over a request's slots, in LLVM's vector types (numba).
 
-Two loops per block, each without a branch: scores into scratch, then the best slot so
-far of every vector lane. What LLVM made of the same loops in numba took four times as
-long per slot.
+Loops without a branch per block: scores into scratch, their largest, and, if that is
+not below the best so far, the best slot of every vector lane. Only the last one reads
+positions, so that most blocks' stay where they are. What LLVM made of the same loops in
+numba took four times as long per slot.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ SCAN_LANES = 32
 """Slots whose distances are computed at once; divides every block size."""
 BEST_LANES = 16
 """Lanes that keep a best slot each."""
-BEST_SIZE = 3 * BEST_LANES
-"""int32 numbers that `keep_best` keeps: scores, positions, slots."""
+TOP = 3 * BEST_LANES
+"""Where `keep_best` keeps the largest of the lanes' scores."""
+BEST_SIZE = TOP + 1
+"""int32 numbers that `keep_best` keeps: scores, positions, slots, and `TOP`."""
 
 _INT32_MAX = 2**31 - 1
 
@@ -113,6 +116,46 @@ def hamming_scores(
 
 
 @intrinsic
+def largest_score(typingctx: Any, score: Any, count: Any) -> Any:
+    """The largest of a block's scores, an int32.
+
+    ``score`` int32 [>= count], read up to a multiple of `SCAN_LANES`.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        score = data_of(context, builder, signature, args, 0)
+        vector, index = ir.VectorType(_INT, SCAN_LANES), args[1].type
+        name = f"v{SCAN_LANES}i32"
+        larger = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(vector, [vector, vector]),
+            f"llvm.smax.{name}",
+        )
+        most = cgutils.alloca_once_value(
+            builder, ir.Constant(vector, [-(2**31)] * SCAN_LANES)
+        )
+        with cgutils.for_range_slice(
+            builder, ir.Constant(index, 0), args[1], ir.Constant(index, SCAN_LANES)
+        ) as (i, _unused):
+            place = builder.bitcast(builder.gep(score, [i]), vector.as_pointer())
+            scores = builder.load(place, align=4)
+            builder.store(builder.call(larger, [builder.load(most), scores]), most)
+        return _largest_lane(builder, builder.load(most))
+
+    return types.int32(score, count), codegen
+
+
+def _largest_lane(builder: Any, vector: Any) -> Any:
+    """The largest number of an LLVM vector of int32."""
+    reduce = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(_INT, [vector.type]),
+        f"llvm.vector.reduce.smax.v{vector.type.count}i32",
+    )
+    return builder.call(reduce, [vector])
+
+
+@intrinsic
 def keep_best(
     typingctx: Any,
     score: Any,
@@ -130,7 +173,7 @@ def keep_best(
     ``score`` int32 [>= count]; ``tail`` int32 [..], positions from ``start`` on, of
     which those outside [``lowest``, ``highest``] are protected or dead; ``first_slot``
     the number of the first; ``best`` int32 [H, BEST_SIZE], of which row ``which`` holds
-    scores, positions and slots.
+    scores, positions and slots, and the largest score of all.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -187,6 +230,8 @@ def keep_best(
                 builder.store(builder.select(taken, new, old), pointer)
         for place, pointer in zip(places, kept, strict=True):
             builder.store(builder.load(pointer), place, align=4)
+        top = _largest_lane(builder, builder.load(kept[0]))
+        builder.store(top, builder.gep(best, [ir.Constant(index, TOP)]))
         return context.get_dummy_value()
 
     return (

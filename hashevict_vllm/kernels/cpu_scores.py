@@ -18,12 +18,14 @@ from hashevict_vllm.kernels.codes import (
 from hashevict_vllm.kernels.cpu_hamming import merge
 from hashevict_vllm.kernels.cpu_hash import hash_row, pack_signs, project_rows
 from hashevict_vllm.kernels.cpu_scan import (
+    TOP,
     best_slot,
     hamming_scores,
     keep_best,
+    largest_score,
     reset_best,
 )
-from hashevict_vllm.kernels.cpu_slots import load_key, tail_of
+from hashevict_vllm.kernels.cpu_slots import load_key, row_size, tail_of
 from hashevict_vllm.kernels.cpu_tokens import load_queries
 from hashevict_vllm.kernels.jit import inlined
 
@@ -90,7 +92,7 @@ def _mean_direction(elements, tail, blocks, num_slots, head, k_map, geometry, me
     x = np.empty(len(mean), np.float32)
     mean[:] = np.float32(0)
     for slot in range(num_slots):
-        at = tail_of(blocks, slot, head, geometry) + geometry[3] * geometry[1]
+        at = tail_of(blocks, slot, head, geometry) + geometry[3] * row_size(geometry)
         if tail[at + slot % geometry[1]] < 0:
             continue
         load_key(elements, blocks, slot, head, k_map, geometry, x)
@@ -136,23 +138,25 @@ def scan_block(
     ``merged`` and ``best`` by number ``which``, see `cpu_scan`. ``scratch`` int32 [N]
     holds scores; where a rule has none of its own, the caller's.
     """
-    block_size, words = geometry[1], geometry[3]
+    block_size, words, size = geometry[1], geometry[3], row_size(geometry)
     count = min(block_size, num_slots - first)
     base = tail_of(blocks, first, head, geometry)
-    position = base + words * block_size
+    position = base + words * size
     if rule[2] <= HAMMING_TO_QUERY:
         masks, odd = np.int64((group + 1) // 2), np.int64(group % 2)
         hamming_scores(
-            tail, base, block_size, words, merged, which, masks, odd, scratch, count
+            tail, base, size, words, merged, which, masks, odd, scratch, count
         )
     elif rule[2] == VOTE:
-        _vote_scores(tail[position - block_size : position], scratch)
+        votes = position - size
+        _vote_scores(tail[votes : votes + block_size], scratch)
     elif rule[2] == NORM:
         scratch[:] = tail[base : base + block_size]
     elif rule[2] == RANDOM:
         _random_scores(rule[3], t, tail[position : position + block_size], scratch)
-    lowest, highest = np.int64(rule[0]), np.int64(t) - 1 - rule[1]
-    keep_best(scratch, tail, position, count, first, lowest, highest, best, which)
+    if largest_score(scratch, count) >= best[which, TOP]:
+        lowest, highest = np.int64(rule[0]), np.int64(t) - 1 - rule[1]
+        keep_best(scratch, tail, position, count, first, lowest, highest, best, which)
 
 
 @njit

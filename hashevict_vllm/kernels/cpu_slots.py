@@ -78,23 +78,32 @@ def load(raw, kind, out):
 
 @inlined
 def tail_of(blocks, slot, head, geometry):
-    """First tail word of the (block, head) that holds a slot."""
+    """First tail word of the (block, head) that holds a slot; `row_size` to the next.
+
+    Words lie row by row, those of all heads together (`hashevict_vllm.cache.page`).
+    """
     block = np.int64(blocks[slot // geometry[1]])
-    rows = (geometry[3] + 1) * geometry[1]
-    return block * geometry[5] + geometry[6] + head * rows
+    return block * geometry[5] + geometry[6] + head * geometry[1]
+
+
+@inlined
+def row_size(geometry):
+    """Tail words between one word of a slot and its next: H N."""
+    return geometry[0] * geometry[1]
 
 
 @njit
-def prefetch_rows(tail, blocks, first, end, head, geometry, first_row):
-    """Ask for the tail's rows from ``first_row`` on, where slots [first, end) lie.
+def prefetch_rows(tail, blocks, first, end, head, geometry, first_row, last_row):
+    """Ask for rows [first_row, last_row) of the tail, where slots [first, end) lie.
 
     ``first`` is a block's first slot.
     """
-    block_size, rows = geometry[1], geometry[3] + 1
+    block_size, size = geometry[1], row_size(geometry)
     for slot in range(first, end, block_size):
         start = tail_of(blocks, slot, head, geometry)
-        for word in range(first_row * block_size, rows * block_size, 16):
-            prefetch(tail, start + word)
+        for row in range(first_row, last_row):
+            for word in range(0, block_size, 16):
+                prefetch(tail, start + row * size + word)
 
 
 @inlined

@@ -20,7 +20,7 @@ from hashevict_vllm.kernels.cpu_ballot import (
 )
 from hashevict_vllm.kernels.cpu_frame import split_queries
 from hashevict_vllm.kernels.cpu_hash import project_rows
-from hashevict_vllm.kernels.cpu_slots import prefetch_rows, tail_of
+from hashevict_vllm.kernels.cpu_slots import prefetch_rows, row_size, tail_of
 from hashevict_vllm.kernels.cpu_tokens import load_queries
 from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
@@ -107,7 +107,7 @@ def cast_votes(
     ballot first fades earlier votes; negative in a segment.
     """
     block_size, words = geometry[1], geometry[3]
-    hashed = words - 2
+    hashed, size = words - 2, row_size(geometry)
     group = tokens.group
     dim, bits = geometry[2], geometry[8]
     as_float = tail.view(np.float32)
@@ -133,12 +133,13 @@ def cast_votes(
                 head,
                 geometry,
                 0,
+                words + 1,
             )
             base = tail_of(blocks, first, head, geometry)
             for w in range(hashed):
-                at = base + w * block_size
+                at = base + w * size
                 add_rows(tail, at, block_size, tables, w * 4096, logits, 4 * first)
-            at = base + hashed * block_size
+            at = base + hashed * size
             join_rows(logits, 4 * first, tail, at, block_size, strengths[0], lines)
         logits[4 * num_slots :] = np.float32(-np.inf)
         softmax_rows(logits, sums)
@@ -154,16 +155,16 @@ def cast_votes(
         total, others = np.float32(0), 0
         for first in range(0, num_slots, block_size):
             count = min(block_size, num_slots - first)
-            at = tail_of(blocks, first, head, geometry) + (hashed + 1) * block_size
-            position = tail[at + block_size : at + block_size + count]
+            at = tail_of(blocks, first, head, geometry) + (hashed + 1) * size
+            position = tail[at + size : at + size + count]
             here, old = _sum_old(as_float[at : at + count], position, oldest_new)
             total += here
             others += old
         mean = decay * total / np.float32(others) if others else np.float32(0)
     for first in range(0, num_slots, block_size):
         count = min(block_size, num_slots - first)
-        at = tail_of(blocks, first, head, geometry) + (hashed + 1) * block_size
-        position = tail[at + block_size : at + block_size + count]
+        at = tail_of(blocks, first, head, geometry) + (hashed + 1) * size
+        position = tail[at + size : at + size + count]
         kept, new_votes = as_float[at : at + count], votes[first : first + count]
         _fade_and_add(kept, position, oldest_new, decay, mean, new_votes)
 
@@ -208,19 +209,19 @@ def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
     stay so; sinks and positions of at least ``end - recent`` are protected; ties keep
     the newer slot.
     """
-    block_size, words = geometry[1], geometry[3]
+    block_size, words, size = geometry[1], geometry[3], row_size(geometry)
     position = np.empty(num_slots, np.int32)
     votes = np.empty(num_slots, np.float32)
     as_float = tail.view(np.float32)
     for slot in range(num_slots):
         at = tail_of(blocks, slot, head, geometry) + slot % block_size
-        position[slot] = tail[at + words * block_size]
-        votes[slot] = as_float[at + (words - 1) * block_size]
+        position[slot] = tail[at + words * size]
+        votes[slot] = as_float[at + (words - 1) * size]
     order = np.argsort(position)
     pooled = _pool(position[order], votes[order], rule[4])
     for i in range(num_slots):
         at = tail_of(blocks, order[i], head, geometry) + order[i] % block_size
-        as_float[at + (words - 1) * block_size] = pooled[i]
+        as_float[at + (words - 1) * size] = pooled[i]
     ranked = np.argsort(pooled, kind="mergesort")
     left = num_slots - budget
     for i in ranked:
@@ -230,5 +231,5 @@ def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
         if position[slot] < rule[0] or position[slot] >= end - rule[1]:
             continue
         at = tail_of(blocks, slot, head, geometry) + slot % block_size
-        tail[at + words * block_size] = ~position[slot]
+        tail[at + words * size] = ~position[slot]
         left -= 1

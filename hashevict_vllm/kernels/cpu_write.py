@@ -19,6 +19,7 @@ from hashevict_vllm.kernels.codes import (
     HAMMING_TO_KEY,
     HAMMING_TO_QUERY,
     KEY_DIFF,
+    RANDOM,
     RECENCY,
     VOTE,
 )
@@ -40,12 +41,13 @@ from hashevict_vllm.kernels.cpu_slots import (
     copy_in,
     prefetch_rows,
     prefetch_slot,
+    row_size,
     tail_of,
 )
 from hashevict_vllm.kernels.cpu_tokens import load_new_key
 from hashevict_vllm.kernels.cpu_votes import cast_votes
 
-BLOCKS_AHEAD = 8
+BLOCKS_AHEAD = 4
 """Blocks whose metadata are asked for before a scan; then one by one, as it goes on."""
 
 
@@ -224,19 +226,25 @@ def write_items(
 
 
 @njit
-def first_word_read(geometry, rule, votes):
-    """The first of a slot's words that a scan reads, after a ballot if ``votes``."""
-    if rule[2] == RECENCY:
-        return geometry[3]
-    return geometry[3] - 1 if rule[2] == VOTE and not votes else 0
+def rows_read(geometry, rule, votes):
+    """The rows [first, end) of a tail that a scan reads, a ballot before if ``votes``.
+
+    Positions are left out where only the few blocks with a new best slot need them.
+    """
+    words = geometry[3]
+    if rule[2] == RECENCY or rule[2] == RANDOM:
+        return words, words + 1
+    if rule[2] == VOTE:
+        return (np.int64(0), words + 1) if votes else (words - 1, words)
+    return np.int64(0), words
 
 
 @njit
 def look_ahead(elements, tail, blocks, num_slots, head, votes, k_map, geometry, rule):
     """Ask for what one head's description and the beginning of its scan read."""
     end = min(BLOCKS_AHEAD * geometry[1], np.int64(num_slots))
-    word = first_word_read(geometry, rule, votes)
-    prefetch_rows(tail, blocks, 0, end, head, geometry, word)
+    row, last_row = rows_read(geometry, rule, votes)
+    prefetch_rows(tail, blocks, 0, end, head, geometry, row, last_row)
     if rule[2] == VOTE:
         # The sinks, of which slot 0 is one, make the frame.
         prefetch_slot(elements, blocks, 0, head, k_map, geometry)
@@ -331,12 +339,14 @@ def choose_victims(
     scratch[:] = np.int32(0)
     for head in range(low, high):
         reset_best(best[head])
-    word = first_word_read(geometry, rule, votes)
+    row, last_row = rows_read(geometry, rule, votes)
     for first in range(0, num_slots if rule[2] != KEY_DIFF else 0, block_size):
         ahead = first + BLOCKS_AHEAD * block_size
         for head in range(low, high):
             if ahead < num_slots:
-                prefetch_rows(tail, blocks, ahead, ahead + 1, head, geometry, word)
+                prefetch_rows(
+                    tail, blocks, ahead, ahead + 1, head, geometry, row, last_row
+                )
             scan_block(
                 tail,
                 blocks,
@@ -390,11 +400,11 @@ def overwrite(
 @njit
 def describe_slot(tail, blocks, slot, head, geometry, description, position):
     """Write what a slot keeps of its key, int32 [W], and its position."""
-    block_size, words = geometry[1], geometry[3]
-    at = tail_of(blocks, slot, head, geometry) + slot % block_size
+    words, size = geometry[3], row_size(geometry)
+    at = tail_of(blocks, slot, head, geometry) + slot % geometry[1]
     for w in range(words):
-        tail[at + w * block_size] = description[w]
-    tail[at + words * block_size] = position
+        tail[at + w * size] = description[w]
+    tail[at + words * size] = position
 
 
 @njit

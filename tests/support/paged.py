@@ -23,12 +23,12 @@ POISON = 0x5A
 def tail_view(pages: LayerPages) -> np.ndarray:
     """The metadata as int32 [B, H, W + 1, N]; row W holds the positions."""
     g, item = pages.geometry, WORD_BYTES
-    rows = g.words + 1
+    rows, row = g.words + 1, g.num_kv_heads * g.block_size * item
     blocks = (len(pages.tail) * item - g.page_bytes) // g.block_stride + 1
     return np.lib.stride_tricks.as_strided(
         pages.tail[g.kv_bytes // item :],
         (blocks, g.num_kv_heads, rows, g.block_size),
-        (g.block_stride, rows * g.block_size * item, g.block_size * item, item),
+        (g.block_stride, row // g.num_kv_heads, row, item),
     )
 
 

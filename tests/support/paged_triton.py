@@ -39,7 +39,7 @@ def make_pages(
         words_view = torch.as_strided(
             buffer.view(torch.int32),
             (blocks, heads, words + 1, slots),
-            (page // 4, (words + 1) * slots, slots, 1),
+            (page // 4, slots, heads * slots, 1),
             kv // 4,
         )
         return buffer, DevicePages(half[0], half[1], words_view)

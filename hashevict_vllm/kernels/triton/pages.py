@@ -69,7 +69,7 @@ def view_pages(
         kv_cache.untyped_storage(),
         (kv_cache.storage_offset() * size + kv_bytes) // _WORD_BYTES,
         (blocks, heads, words + 1, slots),
-        (page_bytes // _WORD_BYTES, (words + 1) * slots, slots, 1),
+        (page_bytes // _WORD_BYTES, slots, heads * slots, 1),
     )
     k, v = kv_cache.split(content // 2, dim=-1)
     return DevicePages(k, v, raw)
