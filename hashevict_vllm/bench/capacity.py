@@ -8,6 +8,8 @@ they are.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,19 +37,20 @@ def run(options: argparse.Namespace, results: Results) -> None:
     query_heads, kv_heads = map(int, options.heads.split("/"))
     shape = Shape(query_heads, kv_heads, options.head_dim)
     pool = int(options.pool_gib * 2**30)
+    dtypes = {"": shape.dtype, " fp8": torch.float8_e4m3fn}
     for length in options.lengths:
-        stock = stock_row(shape, options.layers, pool, length, shape.dtype)
         rows = [
-            {"cache": "stock", **stock},
             {
-                "cache": "stock fp8",
-                **stock_row(shape, options.layers, pool, length, torch.float8_e4m3fn),
-            },
+                "cache": f"stock{name}",
+                **stock_row(shape, options.layers, pool, length, dtype),
+            }
+            for name, dtype in dtypes.items()
         ]
-        for rule in options.rules:
-            for share in options.shares:
-                found = budget_row(rule, share, shape, options.layers, pool, length)
-                rows.append({"cache": f"{rule} {share}", **found})
+        stock = rows[0]
+        for rule, share, name in product(options.rules, options.shares, dtypes):
+            quantised = replace(shape, dtype=dtypes[name])
+            found = budget_row(rule, share, quantised, options.layers, pool, length)
+            rows.append({"cache": f"{rule}{name} {share}", **found})
         for row in rows:
             row["against_stock"] = row["requests"] / stock["requests"]
             results.add(row)
