@@ -145,6 +145,15 @@ def test_latency_is_reported_at_doubling_lengths_and_at_the_end() -> None:
     assert itl_by_length([]) == {}
 
 
+def test_processors_are_read_as_taskset_reads_them() -> None:
+    from hashevict_vllm.bench.serve import numbers_of
+
+    assert numbers_of("3") == {3}
+    assert numbers_of("0-1,4") == {0, 1, 4}
+    with pytest.raises(ValueError):
+        numbers_of("all")
+
+
 def test_stock_cannot_hold_the_tight_load_and_ours_can() -> None:
     load = SCENARIOS["tight"]
     length = load.prompt + load.output

@@ -1,16 +1,19 @@
 """``serve``: a real ``vllm serve`` under ``vllm bench serve``, against stock.
 
 Servers take turns, one at a time, as two on the same cores wait for each other's
-spinning threads. Scenarios: ample (budget of at least the length), tight and deep
-(pools that stock overflows), prompts (long ones, short answers), long (inter-token
-latency as one answer grows). ``stock`` runs without this plugin, ``off`` with it and
-without a policy.
+spinning threads. With ``--cpus`` stock and ours run at once, each on processors of its
+own, which the next round swaps: what slows the machine for a while slows both.
+Scenarios: ample (budget of at least the length), tight and deep (pools that stock
+overflows), prompts (long ones, short answers), long (inter-token latency as one answer
+grows). ``stock`` runs without this plugin, ``off`` with it and without a policy.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compared with stock: names of --kv-policy, or off",
     )
     add("--rounds", type=int, default=3, help="starts of every server")
+    add(
+        "--cpus",
+        nargs=2,
+        metavar=("FIRST", "SECOND"),
+        help="run stock and ours at once on these processors, such as 0-1 2-3",
+    )
     add("--model", help="directory of another model, for all scenarios")
     add("--budget", type=int, help="another budget")
     add("--output-tokens", type=int, help="other answers, for a quick run")
@@ -61,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, results: Results) -> None:
     """Run the scenarios, servers in turn; every run is a row, then the ratios."""
-    names = ["stock", *options.policies]
+    for cpus in options.cpus or ():
+        numbers_of(cpus)  # before the first server
     for name in options.scenarios:
         scenario = SCENARIOS[name]
         if options.budget:
@@ -69,21 +79,12 @@ def run(options: argparse.Namespace, results: Results) -> None:
         if options.output_tokens:
             scenario = replace(scenario, output=options.output_tokens)
         scenario = replace(scenario, model=options.model or scenario.model)
-        runs = [(turn, policy) for turn in range(options.rounds) for policy in names]
-        rows: dict[str, list[dict[str, Any]]] = {policy: [] for policy in names}
-        for turn, policy in show_progress(runs, f"serve {name}"):
-            row = measure(scenario, policy, options, results, f"{name}-{policy}-{turn}")
-            rows[policy].append(row)
-            results.add({"scenario": name, "policy": policy, "round": turn, **row})
-            results.say(
-                f"{name}, {policy}: {row['throughput']:.1f} tokens/s, ITL p50 "
-                f"{row['itl_p50_ms']:.1f} p95 {row['itl_p95_ms']:.1f} ms, TTFT "
-                f"{row['ttft_ms']:.0f} ms, {row['preemptions']:.0f} preemptions, "
-                f"at most {row['peak_num_requests_running']:.0f} requests at once "
-                f"and {row['peak_blocks']} of {row['pool_blocks']} blocks"
-            )
+        pairs: dict[str, list[Pair]] = {policy: [] for policy in options.policies}
+        for turn in show_progress(range(options.rounds), f"serve {name}"):
+            for policy, pair in take_turn(turn, scenario, options, results, name):
+                pairs[policy].append(pair)
         for policy in options.policies:
-            compared = compare(rows["stock"], rows[policy])
+            compared = compare(pairs[policy])
             results.note(f"{name}: {policy} / stock", compared)
             results.say(
                 f"{name}, {policy} / stock: "
@@ -92,6 +93,47 @@ def run(options: argparse.Namespace, results: Results) -> None:
                     for metric, spread in compared.items()
                 )
             )
+
+
+Pair = tuple[dict[str, Any], dict[str, Any]]
+"""Rows of stock and of ours, of the same round."""
+
+
+def take_turn(
+    turn: int,
+    scenario: Scenario,
+    options: argparse.Namespace,
+    results: Results,
+    name: str,
+) -> list[tuple[str, Pair]]:
+    """One round: stock and every policy, in turns or side by side."""
+
+    def run_server(policy: str, cpus: str = "", beside: str = "") -> dict[str, Any]:
+        label = f"{name}-{policy}{beside and f'-beside-{beside}'}-{turn}"
+        row = measure(scenario, policy, options, results, label, cpus)
+        results.add(
+            {"scenario": name, "policy": policy, "round": turn, "cpus": cpus, **row}
+        )
+        results.say(
+            f"{name}, {policy}: {row['throughput']:.1f} tokens/s, ITL p50 "
+            f"{row['itl_p50_ms']:.1f} p95 {row['itl_p95_ms']:.1f} ms, TTFT "
+            f"{row['ttft_ms']:.0f} ms, {row['preemptions']:.0f} preemptions, "
+            f"at most {row['peak_num_requests_running']:.0f} requests at once "
+            f"and {row['peak_blocks']} of {row['pool_blocks']} blocks"
+        )
+        return row
+
+    if not options.cpus:
+        stock = run_server("stock")
+        return [(policy, (stock, run_server(policy))) for policy in options.policies]
+    ours_on, stock_on = options.cpus if turn % 2 else reversed(options.cpus)
+    found = []
+    with ThreadPoolExecutor(2) as both:
+        for policy in options.policies:
+            stock_run = both.submit(run_server, "stock", stock_on, policy)
+            run = both.submit(run_server, policy, ours_on)
+            found.append((policy, (stock_run.result(), run.result())))
+    return found
 
 
 def plot(results: Results) -> None:
@@ -120,8 +162,9 @@ def measure(
     options: argparse.Namespace,
     results: Results,
     label: str,
+    cpus: str = "",
 ) -> dict[str, Any]:
-    """One server's start, one load.
+    """One server's start, one load; with ``cpus``, such as 0-1, on these processors.
 
     Returns:
         The client's figures (`METRICS`), the server's (preemptions, peaks) and
@@ -142,6 +185,11 @@ def measure(
             flags += ["--kv-policy-config", options.policy_config]
     # An empty list of names: vLLM loads no plugin at all.
     variables = {"VLLM_PLUGINS": ""} if policy == "stock" else {}
+    if cpus:
+        # Of this thread, and inherited by the processes that it starts.
+        os.sched_setaffinity(0, numbers_of(cpus))
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = cpus
+        variables["OMP_NUM_THREADS"] = str(len(numbers_of(cpus)))
     log = results.directory / f"{label}.log"
     with server.serve(model, flags, log, variables) as running:
         blocks = running.pool_blocks()
@@ -172,6 +220,20 @@ def measure(
     }
 
 
+def numbers_of(cpus: str) -> set[int]:
+    """Processors of a list such as 0-1,4.
+
+    Raises:
+        ValueError: If it is none.
+
+    """
+    found: set[int] = set()
+    for part in cpus.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
 def itl_by_length(itls: list[list[float]]) -> dict[int, float]:
     """Mean latency in ms around 256, 512, 1024, .. generated tokens.
 
@@ -191,13 +253,11 @@ def itl_by_length(itls: list[list[float]]) -> dict[int, float]:
     return found
 
 
-def compare(
-    stock: list[dict[str, Any]], ours: list[dict[str, Any]]
-) -> dict[str, dict[str, float]]:
+def compare(pairs: list[Pair]) -> dict[str, dict[str, float]]:
     """Ratios ours / stock of `METRICS`, of runs in the same round."""
     return {
         metric: timing.ratio(
-            [run[metric] for run in ours], [run[metric] for run in stock]
+            [ours[metric] for _, ours in pairs], [stock[metric] for stock, _ in pairs]
         ).as_dict()
         for metric in METRICS
     }
