@@ -1,8 +1,7 @@
 """The xformers backend: masks, gathered slots, and who is refused.
 
-xformers' own biases, materialized, are the oracle of masks here: they are not written by
-us, nor made from our code. No operator of xformers runs on a CPU; `tests/interpreted`
-runs the rest of the path.
+xformers' own biases, materialized, are the oracle of masks here. No operator of it
+runs on a CPU; `tests/interpreted` runs the rest of the path.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -34,6 +35,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 from xformers.ops.fmha import attn_bias, common, cutlass, flash, flash3  # noqa: E402
+from xformers.ops.fmha.common import Inputs  # noqa: E402
 
 from hashevict_vllm.attention import xformers_attend, xformers_calls  # noqa: E402
 from hashevict_vllm.attention import xformers_support as support  # noqa: E402
@@ -65,7 +67,7 @@ def block_table(requests: int) -> torch.Tensor:
 
 
 def starts_of(counts: list[int]) -> list[int]:
-    return [0, *torch.tensor(counts).cumsum(0).tolist()]
+    return [0, *accumulate(counts)]
 
 
 def attended(calls: list[xformers_calls.Call], rows: int) -> list[set[int]]:
@@ -222,6 +224,41 @@ def test_a_step_is_planned_without_asking_the_device(name: str) -> None:
         assert sum(len(xformers_attend.gather(cache, c)[0]) for c in calls) == live
 
 
+class Streams:
+    """In the place of CUDA's: CUTLASS starts one for every KV head of a prompt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_torch_accepts_what_cutlass_is_called_with(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`aten._efficient_attention_forward` checks shapes of fake tensors, too."""
+
+    def operator(q: Any, k: Any, v: Any, bias: Any, scale: float) -> Any:
+        return cutlass.FwOp.apply(Inputs(q, k, v, bias, scale=scale), False)[0]
+
+    monkeypatch.setattr(xformers_reference.SEAM, operator)
+    monkeypatch.setattr(torch.cuda, "current_stream", Streams)
+    monkeypatch.setattr(torch.cuda, "Stream", Streams)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    counts, lens = BATCHES[name]
+    with FakeTensorMode():
+        table = torch.empty(len(counts), WIDTH, dtype=torch.int32)
+        cache = torch.empty(99, 2, N, 16, dtype=torch.float16)
+        query = torch.empty(sum(counts), 2 * GROUP, 8, dtype=torch.float16)
+        for call in xformers_calls.plan_calls(starts_of(counts), lens, table, N, GROUP):
+            k, v = xformers_attend.gather(cache, call)
+            rows = query[call.rows]
+            output = xformers_attend.attend(rows, k, v, call, 0.5)
+            assert output.shape == rows.shape
+
+
 # -- what vLLM is told -----------------------------------------------------------
 
 
@@ -233,7 +270,7 @@ def selector(**changes: Any) -> AttentionSelectorConfig:
 
 
 def reasons(capability: tuple[int, int] = (7, 0), **changes: Any) -> list[str]:
-    """vLLM's own verdict, as on a machine where xformers' extension was loaded."""
+    """VLLM's own verdict, as on a machine where xformers' extension was loaded."""
     with mock.patch.object(common, "_built_with_cuda", True):
         return XformersBackend.validate_configuration(
             device_capability=DeviceCapability(*capability),
@@ -280,6 +317,15 @@ def test_what_is_not_served_is_declared_to_vllm(
 ) -> None:
     (reason,) = reasons(capability, **changes)
     assert fragment in reason
+
+
+def test_gpus_that_only_flash_serves_need_it_built() -> None:
+    """Newer than CUTLASS's operator; flash is not in a torch without CUDA."""
+    (reason,) = reasons((12, 0))
+    assert reason.startswith("xformers has no operator for this: fa3F")
+    assert "cutlassF-pt ends at capability (9, 0)" in reason
+    with mock.patch.object(flash.FwOp, "OPERATOR", print):
+        assert reasons((12, 0)) == []
 
 
 def test_an_extension_that_does_not_load_is_a_reason() -> None:
@@ -362,8 +408,8 @@ def test_features_of_models_that_vllm_has_no_hook_for_are_refused(
     with pytest.raises(KVPolicyError) as error:
         make(**features)
     assert str(error.value) == (
-        f"--attention-backend: CUSTOM (xformers) has no {name}, which this model wants; "
-        "name another backend."
+        f"--attention-backend: CUSTOM (xformers) has no {name}, which this model "
+        "wants; name another backend."
     )
 
 
@@ -382,17 +428,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return args.create_engine_config()
 
 
-def refusal(config: Any, capability: tuple[int, int] = (7, 5)) -> str | None:
+def refusal(config: Any) -> str | None:
     """The sentence of `compat.check` on a GPU; None if it starts."""
-    cuda = SimpleNamespace(
-        is_cpu=lambda: False,
-        is_cuda=lambda: True,
-        get_device_capability=lambda: DeviceCapability(*capability),
-    )
-    with (
-        mock.patch("vllm.platforms.current_platform", cuda),
-        mock.patch.object(common, "_built_with_cuda", True),
-    ):
+    cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    with mock.patch("vllm.platforms.current_platform", cuda):
         try:
             compat.check(config)
         except KVPolicyError as error:
@@ -403,7 +442,7 @@ def refusal(config: Any, capability: tuple[int, int] = (7, 5)) -> str | None:
     return None
 
 
-def test_an_old_gpu_with_xformers_starts(config: Any) -> None:
+def test_a_gpu_with_xformers_starts(config: Any) -> None:
     assert refusal(config) is None
 
 
@@ -416,18 +455,9 @@ def test_it_may_be_the_backend_of_full_attention_layers_only(config: Any) -> Non
 def test_a_machine_without_xformers_is_refused(config: Any) -> None:
     with mock.patch.object(importlib.util, "find_spec", return_value=None):
         assert refusal(config) == (
-            "--attention-backend: CUSTOM cannot be served, as xformers is not installed "
-            "(pip install 'hashevict-vllm[xformers]')."
+            "--attention-backend: CUSTOM cannot be served, as xformers is not "
+            "installed (pip install 'hashevict-vllm[xformers]')."
         )
-
-
-def test_a_gpu_without_an_operator_is_refused(config: Any) -> None:
-    text = str(refusal(config, (12, 0)))
-    assert text.startswith(
-        "--attention-backend: CUSTOM cannot be served, as xformers has no operator for "
-        "this: fa3F"
-    )
-    assert "cutlassF-pt ends at capability (9, 0)" in text
 
 
 def test_fp8_caches_are_refused(config: Any) -> None:

@@ -107,25 +107,22 @@ def unsupported(
 
 
 def refuse(config: VllmConfig) -> str | None:
-    """The sentence for a configuration that names CUSTOM; None if it can be served.
+    """The sentence for a configuration that names CUSTOM; None if vLLM shall go on.
+
+    Importing xformers starts CUDA, which must not happen in the process that reads the
+    flags: whether there is an operator is asked later, in the workers, by vLLM
+    (`XformersBackend.supports_combination`).
 
     Args:
         config: A finished configuration, with a policy, on CUDA.
 
     """
-    from vllm.platforms import current_platform
-
-    model, dtype = config.model_config, config.cache_config.cache_dtype
+    dtype, reason = config.cache_config.cache_dtype, missing()
     if dtype.startswith("fp8"):  # other quantised caches are refused before
         return (
             f"--kv-cache-dtype: {dtype} is quantised, which --attention-backend "
             f"{CUSTOM} (xformers) cannot read; use auto."
         )
-    capability = current_platform.get_device_capability()
-    reason = missing()
-    if reason is None and capability is not None:
-        found = (capability.major, capability.minor)
-        reason = unsupported(model.get_head_size(), model.dtype, found)
-    if reason is None:
-        return None
-    return f"--attention-backend: {CUSTOM} cannot be served, as {reason}."
+    if reason is not None:
+        return f"--attention-backend: {CUSTOM} cannot be served, as {reason}."
+    return None

@@ -84,7 +84,7 @@ class WrappedLayer:
         used = -(-self.builder.constants.bound // block_size)
         blocks = used * len(prompt_lens) + 1
         content = 2 * head_dim
-        inner = (
+        strides = (
             (content, heads * content)
             if slots_first
             else (block_size * content, content)
@@ -95,7 +95,7 @@ class WrappedLayer:
         self.kv_cache = torch.as_strided(
             raw.to(self.device).view(dtype),
             (blocks, heads, block_size, content),
-            (page // dtype.itemsize, *inner, 1),
+            (page // dtype.itemsize, *strides, 1),
         )
         order = torch.randperm(blocks - 1).int() + 1
         table = torch.zeros(len(prompt_lens), width, dtype=torch.int32)

@@ -67,9 +67,7 @@ def test_tokens_equal_the_oracle_with_both_model_runners(
     prompts = [[random_prompt(n, seed=3) for n in batch] for batch in BATCHES]
     with (
         as_on_a_gpu(backend),
-        engine(
-            llama, policy, block_size=16, attention_backend=backend, **SIZES
-        ) as llm,
+        engine(llama, policy, block_size=16, attention_backend=backend, **SIZES) as llm,
     ):
         assert isinstance(runner_of(llm), GPUModelRunnerV2) == (runner == "1")
         ((group,),) = runner_of(llm).attn_groups

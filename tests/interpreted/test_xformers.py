@@ -2,85 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+import triton
 
-from hashevict_vllm.policies.reference import ReferenceLayer
 from hashevict_vllm.verify.interpreter import allow_triton
 
 allow_triton()
+os.environ["XFORMERS_ENABLE_TRITON"] = "1"  # xformers asks for a GPU otherwise
 
 from support import xformers_reference  # noqa: E402
-from support.oracle import resolve  # noqa: E402
+from support.wrapped import Run, policy_of  # noqa: E402
+from xformers.ops.fmha import attn_bias as biases  # noqa: E402
+from xformers.ops.fmha import triton_splitk  # noqa: E402
+from xformers.ops.fmha.common import Inputs  # noqa: E402
 
-from hashevict_vllm.attention import xformers_calls  # noqa: E402
+from hashevict_vllm.attention import xformers_calls, xformers_support  # noqa: E402
 from hashevict_vllm.attention.xformers_backend import XformersBackend  # noqa: E402
-from hashevict_vllm.verify.layer import WrappedLayer  # noqa: E402
-
-DIM, SCALE = 32, 32**-0.5
-PROMPTS, OUTPUTS = [60, 12, 45], 3
-
-
-def policy_of(scoring: str, segment: int | str, budget: int = 40) -> Any:
-    votes = {"window": 4, "vote_every": 2} if scoring == "vote" else {}
-    keys = {"scoring": scoring, "budget": budget, "segment": segment, "hash_bits": 16}
-    return resolve({**keys, "sinks": 5, "recent": 6, **votes}, 16)
-
-
-class Run:
-    """Prompts of several requests, 25 tokens of each at a time, and a few outputs."""
-
-    def __init__(
-        self,
-        policy: Any,
-        heads: int,
-        group: int,
-        dtype: torch.dtype,
-        slots_first: bool = True,
-    ) -> None:
-        torch.manual_seed(0)
-        self.layer = WrappedLayer(
-            *(policy, PROMPTS, heads, group, DIM, 16, dtype, slots_first, SCALE),
-            inner=XformersBackend,
-        )
-        self.oracles = [ReferenceLayer(policy, n, heads, DIM) for n in PROMPTS]
-        self.streams = [
-            tuple(
-                torch.randn(prompt + OUTPUTS, count, DIM).to(dtype)
-                for count in (heads * group, heads, heads)
-            )
-            for prompt in PROMPTS
-        ]
-
-    def outputs(self) -> list[torch.Tensor]:
-        """Of the layer. A short prompt decodes beside long ones, then all decode."""
-        results: list[list[torch.Tensor]] = [[] for _ in PROMPTS]
-        computed = self.layer.computed
-        while any(computed[i] < n + OUTPUTS for i, n in enumerate(PROMPTS)):
-            chunks = []
-            for start, prompt, stream in zip(
-                computed, PROMPTS, self.streams, strict=True
-            ):
-                end = min(start + 25, prompt) if start < prompt else start + 1
-                chunks.append(tuple(x[start:end] for x in stream))
-            for result, output in zip(results, self.layer.step(chunks), strict=True):
-                result.append(output)
-            computed = self.layer.computed
-        return [torch.cat(result).float() for result in results]
-
-    def expected(self) -> list[torch.Tensor]:
-        """Of the oracle."""
-        results = []
-        for oracle, prompt, stream in zip(
-            self.oracles, PROMPTS, self.streams, strict=True
-        ):
-            parts = [slice(0, prompt)]
-            parts += [slice(t, t + 1) for t in range(prompt, prompt + OUTPUTS)]
-            outputs = [oracle.forward(*(x[p] for x in stream), SCALE) for p in parts]
-            results.append(torch.cat(outputs))
-        return results
+from hashevict_vllm.verify import kernels  # noqa: E402
+from hashevict_vllm.verify.checks import PASSED  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -103,10 +47,88 @@ def test_prefill_mixed_and_decode_batches_equal_the_oracle(
 ) -> None:
     monkeypatch.setattr(xformers_reference.SEAM, xformers_reference.attention)
     monkeypatch.setattr(xformers_calls, "SCRATCH_SLOTS", most)
-    run = Run(policy_of(scoring, segment), heads, group, dtype, slots_first)
-    close = 1e-5 if dtype == torch.float32 else 2e-3
-    for output, expected in zip(run.outputs(), run.expected(), strict=True):
-        torch.testing.assert_close(output, expected, atol=close, rtol=close)
-    for i, oracle in enumerate(run.oracles):
-        positions = oracle.slots.position.sort(dim=-1).values
-        assert torch.equal(run.layer.positions(i).long(), positions)
+    policy = policy_of(scoring, segment)
+    Run(policy, heads, group, dtype, slots_first, inner=XformersBackend).check()
+
+
+def test_verify_checks_a_layer_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xformers_reference.SEAM, xformers_reference.attention)
+    xformers_support.register()
+    rule, size = "hashevict (instant, query)", kernels.INTERPRETED
+    check = kernels.check_rule(rule, torch.float32, size, "cpu", "CUSTOM")
+    assert check.result == PASSED
+    assert check.name == "hashevict (instant, query), float32, CUSTOM"
+
+
+# -- an operator of xformers itself ----------------------------------------------
+
+
+PAGE = 64
+"""Pages are a multiple of this (``BLOCK_N`` of triton_splitk)."""
+
+
+class SplitK:
+    """xformers' triton_splitk for decodes, which are all that it takes; counted.
+
+    Its biases say where keys begin, or in which pages they are; packed keys are pages
+    where every request has as many as a page.
+    """
+
+    def __init__(self, paged: bool) -> None:
+        self.paged = paged
+        self.ran: Counter[str] = Counter()
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_bias: Any,
+        scale: float,
+    ) -> torch.Tensor:
+        expected = xformers_reference.attention(query, key, value, attn_bias, scale)
+        if type(attn_bias) is not biases.BlockDiagonalMask:
+            return expected
+        bias = self._bias(attn_bias)
+        inputs = Inputs(query, key, value, bias, scale=scale)
+        objections = triton_splitk.FwOp.not_supported_reasons(inputs)
+        assert objections == ["device=cpu (supported: {'cuda'})"], objections
+        output, _ = triton_splitk.FwOp.apply(inputs, needs_gradient=False)
+        self.ran[type(bias).__name__] += 1
+        return output.view(query.shape)
+
+    def _bias(self, bias: biases.BlockDiagonalMask) -> Any:
+        queries = [end - start for start, end in bias.q_seqinfo.intervals()]
+        keys = [end - start for start, end in bias.k_seqinfo.intervals()]
+        if not self.paged or {*keys} != {PAGE}:
+            return biases.BlockDiagonalGappyKeysMask.from_seqlens(
+                queries, bias.k_seqinfo.seqstart_py, keys
+            )
+        padded = biases.BlockDiagonalPaddedKeysMask.from_seqlens(queries, keys[0], keys)
+        return padded.make_paged(
+            torch.arange(len(keys), dtype=torch.int32)[:, None],
+            keys[0],
+            biases.PagedBlockDiagonalPaddedKeysMask,
+        )
+
+
+@pytest.mark.skipif(
+    triton.__version__ >= "3.9",
+    reason="xformers 0.0.35 wants block pointers, which Triton 3.9 has no more",
+)
+@pytest.mark.parametrize(
+    ("prompts", "budget", "kind"),
+    [
+        ([60, 12, 45], 40, biases.BlockDiagonalGappyKeysMask),
+        ([70, 80, 75], PAGE, biases.PagedBlockDiagonalPaddedKeysMask),
+    ],
+)
+def test_an_operator_of_xformers_reads_what_was_gathered(
+    prompts: list[int], budget: int, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = SplitK(paged=budget == PAGE)
+    monkeypatch.setattr(xformers_reference.SEAM, operator)
+    policy = policy_of("instant", 32, budget)
+    options = {"prompts": prompts, "inner": XformersBackend}
+    Run(policy, 2, 2, torch.float16, True, **options).check()
+    assert operator.ran[kind.__name__] > 0
