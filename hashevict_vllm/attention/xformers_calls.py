@@ -3,9 +3,9 @@
 Pages have a tail, and xformers' paged biases know one stride for all slots
 (``page * page_size + slot``), so the live slots are gathered first, one request behind
 the other. Packed like this they need no paged bias, and no padding: their bias is one
-that every operator takes, from compute capability 6.0 on. Paged and padded biases would
-say the same, to fewer operators (``SUPPORTED_ATTN_BIAS_TYPES`` in
-xformers/ops/fmha/{cutlass,flash,flash3,triton_splitk}.py).
+that CUTLASS, which runs on old GPUs, takes as well as FlashAttention. Paged biases would
+say the same, but not to CUTLASS (``SUPPORTED_ATTN_BIAS_TYPES`` in
+xformers/ops/fmha/{cutlass,flash,flash3}.py).
 """
 
 from __future__ import annotations
