@@ -3,8 +3,8 @@
 Pages have a tail, and xformers' paged biases know one stride for all slots
 (``page * page_size + slot``), so the live slots are gathered first, one request behind
 the other. Packed like this they need no paged bias, and no padding: their bias is one
-that CUTLASS, which runs on old GPUs, takes as well as FlashAttention. Paged biases would
-say the same, but not to CUTLASS (``SUPPORTED_ATTN_BIAS_TYPES`` in
+that CUTLASS, which runs on old GPUs, takes as well as FlashAttention. Paged biases
+would say the same, but not to CUTLASS (``SUPPORTED_ATTN_BIAS_TYPES`` in
 xformers/ops/fmha/{cutlass,flash,flash3}.py).
 """
 
