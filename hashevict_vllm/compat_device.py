@@ -90,11 +90,21 @@ def quantised_cache(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 
 
 def inner_backend(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
-    """``AttentionConfig.backend``; what vLLM chooses itself is looked at by layer."""
+    """``AttentionConfig.backend``, or that of full-attention layers if they have one.
+
+    What vLLM chooses itself is looked at by layer.
+    """
+    from .attention import xformers_support
     from .attention.inner import refuse_backend
 
-    chosen = config.attention_config.backend
-    return None if on_cpu() or chosen is None else refuse_backend(chosen.name)
+    attention = config.attention_config
+    chosen = attention.backend_per_kind.get("full_attention", attention.backend)
+    if on_cpu() or chosen is None:
+        return None
+    sentence = refuse_backend(chosen.name)
+    if sentence is None and chosen.name == xformers_support.CUSTOM:
+        return xformers_support.refuse(config)
+    return sentence
 
 
 def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Apply the run-time patches; safe to call more than once."""
+    """Apply the run-time patches, name our backend; safe to call more than once."""
+    from .attention import xformers_support
     from .vllm_patches import apply_all
 
     apply_all()
+    xformers_support.register()

@@ -63,6 +63,14 @@ def test_kernels_compile_without_spills_or_local_memory(
             assert resources.shared <= 48 * 1024, launch.name
 
 
+@pytest.mark.parametrize(
+    "name", ["key, float16, D 64, 16 bits", "query, float32, D 256, 128 bits"]
+)
+def test_kernels_compile_for_turing_which_xformers_serves(name: str) -> None:
+    for launch in SHAPES[name].launches():
+        assert compile_launch(launch, 75).stack == 0, launch.name
+
+
 def test_distances_are_counted_by_one_instruction_per_word() -> None:
     shape = Shape(kind=codes.HAMMING_TO_QUERY)
     write = next(launch for launch in shape.launches() if launch.name == "write")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hashevict_vllm.attention.gpu_rule import device_rule, vote_factor
-from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.rule import DeviceRule
@@ -29,6 +29,12 @@ def _refuse_scales_per_head(layer: Any) -> None:
                 "--kv-cache-dtype: this checkpoint has a scale for every head, and a "
                 "KV policy writes slots with one per layer; use bfloat16."
             )
+
+
+def most_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
+    """Most slots that any request ever has: a full budget, and a segment behind it."""
+    segment = policy.segment if policy.segment > 1 else 0
+    return min(policy.budget + segment, max(max_model_len, policy.budget))
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,6 @@ class DeviceConstants:
         # A graph's batch may be padded, but holds no more requests than tokens.
         requests = max(scheduler.max_num_seqs, tokens)
         heads, group = spec.num_kv_heads, layer.impl.num_queries_per_kv
-        segment = policy.segment if policy.segment > 1 else 0
         longest = vllm_config.model_config.max_model_len
 
         def ints(*shape: int) -> torch.Tensor:
@@ -110,7 +115,7 @@ class DeviceConstants:
             scale=layer.impl.scale,
             factor=vote_factor(policy, spec.head_size),
             decay=policy.decay,
-            bound=min(policy.budget + segment, max(longest, policy.budget)),
+            bound=most_slots(policy, longest),
             signatures=ints(tokens, heads, group + 1, rule.hashed),
             squares=torch.zeros(
                 (tokens, heads, group + 1), dtype=torch.float32, device=device

@@ -107,7 +107,8 @@ class DeviceImplMixin(UnsharedCacheMixin):
             key: [T, Hkv, D] after RoPE.
             value: [T, Hkv, D].
             kv_cache: [B, Hkv, N, 2D], pages with a tail.
-            attn_metadata: The step's plan; None while vLLM profiles memory.
+            attn_metadata: The step's plan; None while vLLM profiles memory, of which
+                the inner implementation may want some.
             output: [T, Hq, D], written in place.
             output_scale: As the inner backend.
             output_block_scale: Never given, see `fused_output_quant_supported`.
@@ -117,7 +118,9 @@ class DeviceImplMixin(UnsharedCacheMixin):
 
         """
         if attn_metadata is None:
-            return output.fill_(0)
+            return super().forward(  # type: ignore[misc]
+                layer, query, key, value, kv_cache, None, output
+            )
         tokens, constants = attn_metadata.num_actual_tokens, attn_metadata.constants
         is_new = self._bind(kv_cache)
         assert self._pages is not None

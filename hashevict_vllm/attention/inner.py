@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hashevict_vllm.attention.xformers_support import BACKEND_PATH, CUSTOM, registered
 from hashevict_vllm.config import KVPolicyError
 
 
@@ -33,6 +34,8 @@ INNER_BACKENDS = {
     "TRITON_ATTN": InnerBackend(takes_fp8_queries=True),
     # Quantises queries itself where its kernel wants that (maybe_quant_query).
     "FLASHINFER": InnerBackend(plans_on_host=True),
+    # Ours, on xformers (xformers_backend.py); its metadata are new at every build.
+    CUSTOM: InnerBackend(),
 }
 """By the name in vLLM's ``AttentionBackendEnum``."""
 
@@ -41,15 +44,20 @@ def refuse_backend(name: str) -> str | None:
     """The sentence for a backend that cannot be wrapped on CUDA; else None.
 
     Args:
-        name: As ``--attention-backend`` takes it.
+        name: As ``--attention-backend`` takes it. CUSTOM can be wrapped unless another
+            plugin has registered its own.
 
     """
-    if name in INNER_BACKENDS:
+    known = dict(INNER_BACKENDS)
+    found = registered() if name == CUSTOM else None
+    if found not in (None, BACKEND_PATH):
+        del known[CUSTOM]
+        name = f"{CUSTOM} ({found})"
+    if name in known:
         return None
-    known = ", ".join(sorted(INNER_BACKENDS))
     return (
         f"--attention-backend: {name} is not one that a KV policy knows how to wrap; "
-        f"use one of {known}."
+        f"use one of {', '.join(sorted(known))}."
     )
 
 

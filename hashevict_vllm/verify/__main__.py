@@ -25,7 +25,7 @@ WITHOUT_GPU = ("interpreted-kernels", "cpu-engine")
 NEEDS_GPU = (
     Check("kernels", "compiled, on a GPU", UNCHECKED, "no GPU; interpreted instead"),
     Check("engine", "CUDA graphs, fp8 caches", UNCHECKED, "no GPU"),
-    Check("engine", "FLASH_ATTN, FLASHINFER", UNCHECKED, "no GPU"),
+    Check("engine", "FLASH_ATTN, FLASHINFER, xformers", UNCHECKED, "no GPU"),
     Check("time", "kernels against their floor", UNCHECKED, "no GPU"),
 )
 NOT_IN_IT = (

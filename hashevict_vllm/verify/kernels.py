@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from hashevict_vllm.attention import xformers_support
 from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.policies.reference import ReferenceLayer
-from hashevict_vllm.verify.checks import Check, compared
+from hashevict_vllm.verify.checks import UNCHECKED, Check, compared
 from hashevict_vllm.verify.layer import MAX_MODEL_LEN, WrappedLayer
 
 RULES: dict[str, dict[str, Any]] = {
@@ -100,8 +102,19 @@ def _next_chunk(stream: Tokens, start: int, prompt: int) -> Tokens:
     return q, k, v
 
 
-def check_rule(rule: str, dtype: torch.dtype, size: Size, device: str) -> Check:
-    """Feed a layer prompts in chunks, then tokens; compare with the reference."""
+def check_rule(
+    rule: str, dtype: torch.dtype, size: Size, device: str, backend: str = ""
+) -> Check:
+    """Feed a layer prompts in chunks, then tokens; compare with the reference.
+
+    Args:
+        rule: Of `RULES`.
+        dtype: Of q, k, v and the cache.
+        size: How much.
+        device: Where; ``cpu`` stands for the interpreter.
+        backend: What is wrapped, by its name in vLLM's enum; if not given, TRITON_ATTN.
+
+    """
     torch.manual_seed(0)
     options = {"name": "hashevict", "budget": size.budget, "segment": 32, "recent": 8}
     config = KVPolicyConfig.from_dict({**options, "sinks": 5, **RULES[rule]})
@@ -109,7 +122,9 @@ def check_rule(rule: str, dtype: torch.dtype, size: Size, device: str) -> Check:
     heads, group, dim = size.heads, size.group, size.head_dim
     scale = dim**-0.5
     layer = WrappedLayer(
-        policy, list(size.prompts), heads, group, dim, 16, dtype, True, scale, device
+        *(policy, list(size.prompts), heads, group, dim, 16, dtype, True, scale),
+        device=device,
+        inner=AttentionBackendEnum[backend or "TRITON_ATTN"].get_class(),
     )
     streams = [_random_tokens(p + size.outputs, size, dtype) for p in size.prompts]
     results: list[list[torch.Tensor]] = [[] for _ in streams]
@@ -143,7 +158,9 @@ def check_rule(rule: str, dtype: torch.dtype, size: Size, device: str) -> Check:
         off = (torch.cat(results[request]).float() - torch.cat(outputs)).abs()
         error = max(error, float(off.amax(dim=(1, 2)).median()))
     right = equal >= LEAST_EQUAL * total and error <= TOLERANCE[dtype]
-    name = f"{rule}, {str(dtype).removeprefix('torch.')}"
+    name = ", ".join(
+        [rule, str(dtype).removeprefix("torch."), *filter(None, [backend])]
+    )
     detail = f"{equal} of {total} surviving slots equal; outputs off by {error:.1e}"
     return compared("kernels", name, right, detail)
 
@@ -154,3 +171,18 @@ def run(device: str) -> Iterator[Check]:
     for rule in size.rules:
         for dtype in size.dtypes:
             yield check_rule(rule, dtype, size, device)
+    if device != "cpu":
+        yield from _run_xformers(size, device)
+
+
+def _run_xformers(size: Size, device: str) -> Iterator[Check]:
+    """One rule on each operator that xformers has for the dtypes."""
+    xformers_support.register()
+    for dtype in size.dtypes:
+        capability = torch.cuda.get_device_capability()
+        reason = xformers_support.unsupported(size.head_dim, dtype, capability)
+        if reason is None:
+            rule = "hashevict (instant, query)"
+            yield check_rule(rule, dtype, size, device, xformers_support.CUSTOM)
+        else:
+            yield Check("kernels", f"xformers, {dtype}", UNCHECKED, reason)

@@ -1,4 +1,4 @@
-"""One layer of vLLM's TRITON_ATTN, wrapped as on CUDA, without an engine around it.
+"""One layer of a backend, wrapped as on CUDA, without an engine around it.
 
 On a GPU, or on CPU tensors in Triton's interpreter; there
 `hashevict_vllm.verify.interpreter.allow_triton` comes first.
@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.triton_attn import (
-    TritonAttentionImpl,
-    TritonAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from hashevict_vllm.attention.gpu_forward import DeviceImplMixin
@@ -42,6 +39,7 @@ class WrappedLayer:
         slots_first: bool,
         scale: float,
         device: str = "cpu",
+        inner: type[AttentionBackend] = TritonAttentionBackend,
     ) -> None:
         """Lay out the pages, with room for every request.
 
@@ -57,15 +55,16 @@ class WrappedLayer:
                 default on CUDA), or heads, then slots (LBHNC).
             scale: Of the softmax.
             device: Where it runs.
+            inner: The backend that is wrapped.
 
         """
         self.prompt_lens, self.computed = prompt_lens, [0] * len(prompt_lens)
         self.device = torch.device(device)
         impl_class = type(
-            "Impl", (DeviceImplMixin, TritonAttentionImpl), {"policy": policy}
+            "Impl", (DeviceImplMixin, inner.get_impl_cls()), {"policy": policy}
         )
         builder_class = type(
-            "Builder", (DeviceMetadataBuilderMixin, TritonAttentionMetadataBuilder), {}
+            "Builder", (DeviceMetadataBuilderMixin, inner.get_builder_cls()), {}
         )
         self.impl: Any = impl_class(
             heads * group, head_dim, scale, heads, None, None, "auto"
@@ -85,7 +84,7 @@ class WrappedLayer:
         used = -(-self.builder.constants.bound // block_size)
         blocks = used * len(prompt_lens) + 1
         content = 2 * head_dim
-        inner = (
+        strides = (
             (content, heads * content)
             if slots_first
             else (block_size * content, content)
@@ -96,7 +95,7 @@ class WrappedLayer:
         self.kv_cache = torch.as_strided(
             raw.to(self.device).view(dtype),
             (blocks, heads, block_size, content),
-            (page // dtype.itemsize, *inner, 1),
+            (page // dtype.itemsize, *strides, 1),
         )
         order = torch.randperm(blocks - 1).int() + 1
         table = torch.zeros(len(prompt_lens), width, dtype=torch.int32)

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hashevict_vllm.attention.xformers_support import CUSTOM, unsupported
 from hashevict_vllm.config import KVPolicyConfig, kv_policy
-from hashevict_vllm.verify.checks import Check, compared
+from hashevict_vllm.verify.checks import UNCHECKED, Check, compared
 from hashevict_vllm.verify.model import make_llama, random_prompt
 
 MAX_MODEL_LEN = 1024
@@ -126,6 +129,14 @@ def run_on_gpu(tokens: int = 64) -> Iterator[Check]:
             ample = generate(model, MAX_MODEL_LEN, tokens, TOGETHER, **half)
             yield _compare(f"below the budget as stock vLLM ({name})", ample, stock)
             bounded[name] = generate(model, BUDGET, tokens, FIRST_ALONE, **fine, **mode)
+        reason = unsupported(64, torch.float32, torch.cuda.get_device_capability())
+        if reason is None:
+            mode = {**modes["eager"], "attention_backend": CUSTOM}
+            bounded["xformers"] = generate(
+                model, BUDGET, tokens, FIRST_ALONE, **{**fine, **mode}
+            )
+        else:
+            yield Check("engine", "xformers", UNCHECKED, reason)
         expected = reference_tokens(model, tokens)
     for name, ours in bounded.items():
         title = f"above the budget as the reference ({name})"

@@ -16,6 +16,7 @@ from hashevict_vllm.verify.interpreter import allow_triton, as_on_a_gpu
 
 allow_triton()
 
+from support import xformers_reference  # noqa: E402
 from support.engine import engine, greedy, runner_of  # noqa: E402
 from support.models import make_llama, random_prompt  # noqa: E402
 from support.oracle import Oracle, resolve  # noqa: E402
@@ -23,12 +24,12 @@ from vllm.v1.worker.gpu.model_runner import (  # noqa: E402
     GPUModelRunner as GPUModelRunnerV2,
 )
 
+from hashevict_vllm import plugin  # noqa: E402
 from hashevict_vllm.attention.gpu_metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
 )
-from hashevict_vllm.vllm_patches import apply_all  # noqa: E402
 
-apply_all()
+plugin.register()
 
 SIZES = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 128}
 # Alone, the first prompt ends with a chunk of one token; the last never fills a budget.
@@ -47,16 +48,30 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(path, **one)
 
 
-@pytest.mark.parametrize(("runner", "rule"), [("1", "vote"), ("0", "instant")])
+@pytest.mark.parametrize(
+    ("backend", "runner", "rule"),
+    [
+        ("TRITON_ATTN", "1", "vote"),
+        ("TRITON_ATTN", "0", "instant"),
+        # xformers, whose operators alone are replaced
+        ("CUSTOM", "1", "instant"),
+        ("CUSTOM", "0", "vote"),
+    ],
+)
 def test_tokens_equal_the_oracle_with_both_model_runners(
-    runner: str, rule: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, runner: str, rule: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr(xformers_reference.SEAM, xformers_reference.attention)
     policy = {"budget": 48, "recent": 8, **RULES[rule]}
     prompts = [[random_prompt(n, seed=3) for n in batch] for batch in BATCHES]
-    with as_on_a_gpu(), engine(llama, policy, block_size=16, **SIZES) as llm:
+    with (
+        as_on_a_gpu(backend),
+        engine(llama, policy, block_size=16, attention_backend=backend, **SIZES) as llm,
+    ):
         assert isinstance(runner_of(llm), GPUModelRunnerV2) == (runner == "1")
         ((group,),) = runner_of(llm).attn_groups
+        assert group.backend.get_name() == backend
         assert isinstance(group.metadata_builders[0], DeviceMetadataBuilderMixin)
         tokens = [greedy(llm, batch, TOKENS) for batch in prompts]
     oracle, resolved = Oracle(llama), resolve(policy, 16)
