@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +94,12 @@ def _random_llama() -> Path:
     return target
 
 
+@functools.cache
 def kv_bytes_per_token(model: Path) -> int:
-    """Bytes of K and V of one token in all layers, in bfloat16."""
+    """Bytes of K and V of one token in all layers, in bfloat16.
+
+    Kept, as what transformers imports here must not be imported by two threads at once.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
         if options.output_tokens:
             scenario = replace(scenario, output=options.output_tokens)
         scenario = replace(scenario, model=options.model or scenario.model)
+        kv_bytes_per_token(model_directory(scenario.model))  # before there are threads
         pairs: dict[str, list[Pair]] = {policy: [] for policy in options.policies}
         for turn in show_progress(range(options.rounds), f"serve {name}"):
             for policy, pair in take_turn(turn, scenario, options, results, name):
