@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, VOTE
-from hashevict_vllm.kernels.cpu_frame import adjacent_keys, frame_of
+from hashevict_vllm.kernels.cpu_frame import adjacent_keys, describe_late, frame_of
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu_scan import BEST_SIZE
 from hashevict_vllm.kernels.cpu_scores import find_victim, merge_queries
@@ -219,16 +219,32 @@ def _replay_items(
     """Reduce items [first, last): piece by piece, head by head."""
     heads = geometry[0]
     x, frame = np.empty(geometry[2], np.float32), np.zeros(3 * geometry[2], np.float64)
+    dots, words = np.empty(geometry[8], np.float32), np.zeros(geometry[3], np.int32)
     lanes = adjacent_keys(k_map, rule[0] if rule[2] == VOTE else 0)
     for item in range(first, last):
         piece, head = pieces[item // heads], item % heads
         blocks = block_table[piece[0]]
         end = np.int64(piece[4]) + np.int64(piece[2])
         if rule[2] == VOTE:
-            if piece[6] < piece[2]:
+            if piece[6] < piece[2] or piece[5]:
                 frame_of(
                     elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame
                 )
+                if piece[2] == 1:
+                    describe_late(
+                        elements,
+                        tail,
+                        blocks,
+                        end,
+                        head,
+                        projection,
+                        k_map,
+                        geometry,
+                        x,
+                        dots,
+                        words,
+                        frame,
+                    )
             for i in range(piece[6], piece[2], max(piece[7], 1)):
                 cast_votes(
                     tail,

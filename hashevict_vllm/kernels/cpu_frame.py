@@ -23,6 +23,16 @@ from hashevict_vllm.kernels.cpu_slots import (
 from hashevict_vllm.kernels.cpu_vector import LANES, sum_of_run
 from hashevict_vllm.policies.frame import PARALLEL
 
+AT_ONCE = 16
+"""Slots that are described together where tokens come one by one.
+
+A single token's key is described when it completes a group of so many slots, with the
+others of it; a run of tokens is described at once, with what its group lacked before;
+so is the last group before anybody reads it: before the first eviction, and when a
+single token of a prompt votes. The frame is made once for all of them, and requests
+that end below their budget pay next to nothing.
+"""
+
 _FAST = {"contract", "reassoc", "nsz"}
 
 
@@ -186,31 +196,69 @@ def describe_in(x, frame, projection, dots, words):
 
 
 @njit
-def describe_sinks(
+def describe_slots(
     elements,
     tail,
     blocks,
+    first,
+    end,
     head,
     projection,
     k_map,
     geometry,
-    sinks,
     x,
     dots,
     words,
     frame,
 ):
-    """Describe slots [0, sinks), once the last of them is there.
+    """Describe the keys of slots [first, end), which are there; votes stay.
 
-    ``words`` int32 [W] is scratch.
+    ``x`` [D], ``dots`` [b] and ``words`` int32 [W] are scratch.
     """
     block_size, size = geometry[1], row_size(geometry)
-    for slot in range(sinks):
+    for slot in range(first, end):
         load_key(elements, blocks, slot, head, k_map, geometry, x)
         describe_in(x, frame, projection, dots, words)
         at = tail_of(blocks, slot, head, geometry) + slot % block_size
-        for w in range(len(words)):
+        for w in range(len(words) - 1):
             tail[at + w * size] = words[w]
+
+
+@njit
+def describe_late(
+    elements,
+    tail,
+    blocks,
+    end,
+    head,
+    projection,
+    k_map,
+    geometry,
+    x,
+    dots,
+    words,
+    frame,
+):
+    """Describe the last, incomplete group of slots before ``end``, see `AT_ONCE`.
+
+    Scratch as `describe_slots`.
+    """
+    first = end // AT_ONCE * AT_ONCE
+    describe_slots(
+        elements,
+        tail,
+        blocks,
+        first,
+        end,
+        head,
+        projection,
+        k_map,
+        geometry,
+        x,
+        dots,
+        words,
+        frame,
+    )
 
 
 @njit

@@ -24,9 +24,11 @@ from hashevict_vllm.kernels.codes import (
     VOTE,
 )
 from hashevict_vllm.kernels.cpu_frame import (
+    AT_ONCE,
     adjacent_keys,
     describe_in,
-    describe_sinks,
+    describe_late,
+    describe_slots,
     frame_of,
 )
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
@@ -141,8 +143,11 @@ def write_items(
                 prefetch_slot(elements, victim_blocks, victim, waiting, v_map, geometry)
             describe_new(
                 elements,
+                tail,
                 tokens,
                 row,
+                positions[start],
+                np.int64(slots[start]),
                 blocks,
                 head,
                 projection,
@@ -253,8 +258,11 @@ def look_ahead(elements, tail, blocks, num_slots, head, votes, k_map, geometry, 
 @njit
 def describe_new(
     elements,
+    tail,
     tokens,
     row,
+    t,
+    num_slots,
     blocks,
     head,
     projection,
@@ -280,6 +288,21 @@ def describe_new(
     if rule[2] == VOTE:
         sinks = rule[0]
         frame_of(elements, blocks, head, k_map, lanes, geometry, sinks, x, frame)
+        if t == num_slots:  # the first that evicts
+            describe_late(
+                elements,
+                tail,
+                blocks,
+                num_slots,
+                head,
+                projection,
+                k_map,
+                geometry,
+                x,
+                key_dots,
+                description[0],
+                frame,
+            )
         describe_in(y, frame, projection, key_dots, description[0])
     else:
         describe_key(y, projection, key_dots, rule, description[0])
@@ -432,37 +455,53 @@ def append_tokens(
     """Append tokens of one request to one KV head.
 
     ``rows``, ``positions`` and ``slots`` int32 [n]; scratch: ``x`` and ``y``
-    [D], ``dots`` [b], ``description`` [W], ``frame`` [3 D].
+    [D], ``dots`` [b], ``description`` [W], ``frame`` [3 D]. A single token is described
+    for votes with its neighbours, see `AT_ONCE`.
     """
-    framed = False
+    votes = rule[2] == VOTE
+    late = votes and len(rows) == 1 and (slots[0] + 1) % AT_ONCE != 0
+    if votes and not late and positions[0] >= rule[0]:
+        frame_of(elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame)
+        describe_late(
+            elements,
+            tail,
+            blocks,
+            np.int64(slots[0]),
+            head,
+            projection,
+            k_map,
+            geometry,
+            x,
+            dots,
+            description,
+            frame,
+        )
     for i in range(len(rows)):
         slot, position = np.int64(slots[i]), positions[i]
         load_new_key(tokens, rows[i], head, geometry, y)
-        if rule[2] == VOTE and position >= rule[0]:
-            if not framed:
-                frame_of(
-                    elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame
-                )
-                framed = True
+        if votes and late:
+            description[:] = 0
+        elif votes and position >= rule[0]:
             describe_in(y, frame, projection, dots, description)
         else:
             describe_key(y, projection, dots, rule, description)
         describe_slot(tail, blocks, slot, head, geometry, description, position)
         copy_in(elements, tokens, rows[i], blocks, slot, head, k_map, v_map, geometry)
-        if rule[2] == VOTE and position == rule[0] - 1:
+        if votes and position == rule[0] - 1:
             frame_of(elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame)
-            describe_sinks(
+            describe_slots(
                 elements,
                 tail,
                 blocks,
+                0,
+                rule[0],
                 head,
                 projection,
                 k_map,
                 geometry,
-                rule[0],
-                y,
+                x,
                 dots,
                 description,
                 frame,
             )
-            framed = True
+            description[:] = 0
