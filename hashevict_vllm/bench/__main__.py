@@ -15,6 +15,7 @@ COMMANDS = {
     "prefill-layer": "one layer reads a prompt, segment by segment",
     "capacity": "requests and context lengths that a pool holds",
     "prefill": "a whole engine reads long prompts",
+    "steps": "decode steps of whole engines, in turn",
     "serve": "a real `vllm serve` under `vllm bench serve`",
     "peer": "the same work through kvpress on transformers",
 }

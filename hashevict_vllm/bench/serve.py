@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 from typing import Any
 
 from hashevict_vllm.bench import server, timing
@@ -109,9 +111,14 @@ def take_turn(
 ) -> list[tuple[str, Pair]]:
     """One round: stock and every policy, in turns or side by side."""
 
-    def run_server(policy: str, cpus: str = "", beside: str = "") -> dict[str, Any]:
+    def run_server(
+        policy: str,
+        cpus: str = "",
+        beside: str = "",
+        ready: Callable[[], Any] = lambda: None,
+    ) -> dict[str, Any]:
         label = f"{name}-{policy}{beside and f'-beside-{beside}'}-{turn}"
-        row = measure(scenario, policy, options, results, label, cpus)
+        row = measure(scenario, policy, options, results, label, cpus, ready)
         results.add(
             {"scenario": name, "policy": policy, "round": turn, "cpus": cpus, **row}
         )
@@ -131,8 +138,9 @@ def take_turn(
     found = []
     with ThreadPoolExecutor(2) as both:
         for policy in options.policies:
-            stock_run = both.submit(run_server, "stock", stock_on, policy)
-            run = both.submit(run_server, policy, ours_on)
+            ready = Barrier(2, timeout=server.START_TIMEOUT_S).wait
+            stock_run = both.submit(run_server, "stock", stock_on, policy, ready)
+            run = both.submit(run_server, policy, ours_on, "stock", ready)
             found.append((policy, (stock_run.result(), run.result())))
     return found
 
@@ -163,9 +171,12 @@ def measure(
     options: argparse.Namespace,
     results: Results,
     label: str,
-    cpus: str = "",
+    cpus: str,
+    ready: Callable[[], Any],
 ) -> dict[str, Any]:
     """One server's start, one load; with ``cpus``, such as 0-1, on these processors.
+
+    ``ready`` is called before the load; it may wait for another server.
 
     Returns:
         The client's figures (`METRICS`), the server's (preemptions, peaks) and
@@ -202,6 +213,7 @@ def measure(
         server.run_client(
             running, model, 32, 16, 2, 2, results.directory / f"{label}-warm.json"
         )
+        ready()
         with running.watched() as watched:
             found = server.run_client(
                 running,
