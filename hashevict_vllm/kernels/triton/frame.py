@@ -112,7 +112,7 @@ def write_frame(
     centre = centre / max(SINKS - 1, 1)
     one = _unit(first)
     other = centre - tl.sum(centre * one, 0) * one
-    parallel = tl.sum(other * other, 0) <= _PARALLEL * tl.sum(centre * centre, 0)
+    parallel = tl.sum(other * other, 0) <= tl.sum(centre * centre, 0) * _PARALLEL
     two = _unit(tl.where(parallel, 0.0, other))
     tl.store(frame + d, centre, mask=d < DIM)
     tl.store(frame + DIM + d, one, mask=d < DIM)
