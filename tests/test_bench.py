@@ -108,6 +108,19 @@ def test_engines_that_read_prompts_take_turns(tmp_path: Path) -> None:
     assert long["speedup"] == {}
 
 
+def test_engines_decode_step_by_step_in_turn(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        *("steps", "--policies", "streaming_llm", "--requests", "2"),
+        *("--prompt", "40", "--output-tokens", "12"),
+    )
+    stock, again, ours = found["rows"]
+    names = [row["engine"] for row in found["rows"]]
+    assert names == ["stock", "stock again", "streaming_llm"]
+    assert stock["ratio"]["median"] == stock["total"] == 1
+    assert {row["ratio"]["n"] for row in (stock, again, ours)} == {12 - 2 - 1}
+
+
 def test_a_peer_without_kvpress_is_refused_in_one_sentence(tmp_path: Path) -> None:
     for python in ("/bin/false", sys.executable):
         with pytest.raises(SystemExit, match="--peer-python: ") as refused:
