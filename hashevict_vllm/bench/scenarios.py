@@ -43,7 +43,7 @@ SCENARIOS = {
     # Stock vLLM runs four of them at a time, and preempts.
     "tight": Scenario("default", 256, 1792, 24, 24, 4 * 2048, 256),
     # Answers of eight times the budget.
-    "deep": Scenario("default", 256, 7680, 8, 8, 2 * 8192, 1024),
+    "deep": Scenario("default", 256, 7680, 4, 4, 8192, 1024),
     # Reading prompts is most of the work, and their scratch most of the memory.
     "prompts": Scenario("default", 3072, 256, 24, 12, 4 * 4096, 512),
     "long": Scenario("random", 256, 9216, 1, 1, 16384, 1024),
