@@ -11,7 +11,12 @@ import numpy as np
 from numba import njit
 
 from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, VOTE
-from hashevict_vllm.kernels.cpu_frame import adjacent_keys, describe_late, frame_of
+from hashevict_vllm.kernels.cpu_frame import (
+    adjacent_keys,
+    describe_slots,
+    frame_of,
+    last_group,
+)
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu_scan import BEST_SIZE
 from hashevict_vllm.kernels.cpu_scores import find_victim, merge_queries
@@ -231,10 +236,11 @@ def _replay_items(
                     elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame
                 )
                 if piece[2] == 1:
-                    describe_late(
+                    describe_slots(
                         elements,
                         tail,
                         blocks,
+                        last_group(end),
                         end,
                         head,
                         projection,

@@ -21,6 +21,7 @@ from hashevict_vllm.kernels.cpu_slots import (
     tail_of,
 )
 from hashevict_vllm.kernels.cpu_vector import LANES, sum_of_run
+from hashevict_vllm.kernels.jit import inlined
 from hashevict_vllm.policies.frame import PARALLEL
 
 AT_ONCE = 16
@@ -28,9 +29,9 @@ AT_ONCE = 16
 
 A single token's key is described when it completes a group of so many slots, with the
 others of it; a run of tokens is described at once, with what its group lacked before;
-so is the last group before anybody reads it: before the first eviction, and when a
-single token of a prompt votes. The frame is made once for all of them, and requests
-that end below their budget pay next to nothing.
+so is the last group (`last_group`) before anybody reads it: before the first eviction,
+and when a single token of a prompt votes. The frame is made once for all of them, and
+requests that end below their budget pay next to nothing.
 """
 
 _FAST = {"contract", "reassoc", "nsz"}
@@ -195,6 +196,12 @@ def describe_in(x, frame, projection, dots, words):
     words[hashed + 1] = 0
 
 
+@inlined
+def last_group(end):
+    """First slot of the last, incomplete group of slots before ``end``."""
+    return end // AT_ONCE * AT_ONCE
+
+
 @njit
 def describe_slots(
     elements,
@@ -222,43 +229,6 @@ def describe_slots(
         at = tail_of(blocks, slot, head, geometry) + slot % block_size
         for w in range(len(words) - 1):
             tail[at + w * size] = words[w]
-
-
-@njit
-def describe_late(
-    elements,
-    tail,
-    blocks,
-    end,
-    head,
-    projection,
-    k_map,
-    geometry,
-    x,
-    dots,
-    words,
-    frame,
-):
-    """Describe the last, incomplete group of slots before ``end``, see `AT_ONCE`.
-
-    Scratch as `describe_slots`.
-    """
-    first = end // AT_ONCE * AT_ONCE
-    describe_slots(
-        elements,
-        tail,
-        blocks,
-        first,
-        end,
-        head,
-        projection,
-        k_map,
-        geometry,
-        x,
-        dots,
-        words,
-        frame,
-    )
 
 
 @njit

@@ -27,9 +27,9 @@ from hashevict_vllm.kernels.cpu_frame import (
     AT_ONCE,
     adjacent_keys,
     describe_in,
-    describe_late,
     describe_slots,
     frame_of,
+    last_group,
 )
 from hashevict_vllm.kernels.cpu_hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu_scan import BEST_SIZE, best_slot, reset_best
@@ -289,10 +289,11 @@ def describe_new(
         sinks = rule[0]
         frame_of(elements, blocks, head, k_map, lanes, geometry, sinks, x, frame)
         if t == num_slots:  # the first that evicts
-            describe_late(
+            describe_slots(
                 elements,
                 tail,
                 blocks,
+                last_group(num_slots),
                 num_slots,
                 head,
                 projection,
@@ -462,10 +463,11 @@ def append_tokens(
     late = votes and len(rows) == 1 and (slots[0] + 1) % AT_ONCE != 0
     if votes and not late and positions[0] >= rule[0]:
         frame_of(elements, blocks, head, k_map, lanes, geometry, rule[0], x, frame)
-        describe_late(
+        describe_slots(
             elements,
             tail,
             blocks,
+            last_group(np.int64(slots[0])),
             np.int64(slots[0]),
             head,
             projection,
