@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from hashevict_vllm import compat, compat_device, plugin
+from hashevict_vllm import compat_device, plugin
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
 
 from support.models import make_llama  # noqa: E402
+from support.platforms import refusal  # noqa: E402
 from vllm.config import (  # noqa: E402
     VllmConfig,
     set_current_vllm_config,
@@ -56,12 +57,6 @@ def spec_of(heads: int, dtype: torch.dtype) -> FullAttentionSpec:
     )
 
 
-def platform(name: str) -> Any:
-    return SimpleNamespace(
-        is_cpu=lambda: name == "cpu", is_cuda=lambda: name == "cuda", device_name=name
-    )
-
-
 @pytest.fixture
 def config(tmp_path: Any) -> Any:
     """A finished configuration with a policy, made on the real platform."""
@@ -77,19 +72,6 @@ def config(tmp_path: Any) -> Any:
 
 
 # -- what is refused -------------------------------------------------------------
-
-
-def refusal(config: Any, device: str = "cuda") -> str | None:
-    """The sentence of `compat.check` on a platform, None if it starts."""
-    with mock.patch("vllm.platforms.current_platform", platform(device)):
-        try:
-            compat.check(config)
-        except KVPolicyError as error:
-            text = str(error)
-            assert text.endswith(".")
-            assert text.count(". ") == 0
-            return text
-    return None
 
 
 def test_a_policy_starts_on_cuda(config: Any) -> None:

@@ -16,12 +16,13 @@ from unittest import mock
 import pytest
 import torch
 
-from hashevict_vllm import compat, compat_device, plugin
+from hashevict_vllm import compat_device, plugin
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
 
 from support.models import make_llama  # noqa: E402
+from support.platforms import refusal  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
@@ -207,20 +208,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
         additional_config=kv_policy(budget=512),
     )
     return args.create_engine_config()
-
-
-def refusal(config: Any) -> str | None:
-    """The sentence of `compat.check` on a GPU; None if it starts."""
-    cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
-    with mock.patch("vllm.platforms.current_platform", cuda):
-        try:
-            compat.check(config)
-        except KVPolicyError as error:
-            text = str(error)
-            assert text.endswith(".")
-            assert text.count(". ") == 0
-            return text
-    return None
 
 
 def test_a_gpu_with_xformers_starts(config: Any) -> None:
