@@ -19,10 +19,14 @@ inlined = njit(inline="always")
 
 
 def _sources_digest() -> str:
-    """A digest of this package's sources; numba itself looks at one file's date."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    """A digest of kernels and policies, whose constants are compiled in.
+
+    numba itself looks at the date of one file.
+    """
+    digest, package = hashlib.sha256(), Path(__file__).parent.parent
+    for folder in ("kernels", "policies"):
+        for path in sorted((package / folder).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
