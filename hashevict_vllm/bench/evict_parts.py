@@ -19,12 +19,14 @@ from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.decode_layer import resolve
 from hashevict_vllm.bench.layer import Attention, BudgetedLayer, Shape
 from hashevict_vllm.bench.results import Results, show_progress
+from hashevict_vllm.kernels.cpu_borrow import borrowed
+from hashevict_vllm.kernels.cpu_evict import new_chosen
 from hashevict_vllm.kernels.cpu_frame import adjacent_keys, describe_in, frame_of
-from hashevict_vllm.kernels.cpu_hamming import merged_shape
 from hashevict_vllm.kernels.cpu_hash import hash_row
-from hashevict_vllm.kernels.cpu_scan import BEST_SIZE, best_slot, reset_best
+from hashevict_vllm.kernels.cpu_layer import new_scratch, pages_of, rule_of
+from hashevict_vllm.kernels.cpu_scan import best_slot, reset_best
 from hashevict_vllm.kernels.cpu_scores import merge_queries, scan_block
-from hashevict_vllm.kernels.cpu_slots import borrowed, copy_in
+from hashevict_vllm.kernels.cpu_slots import copy_in
 from hashevict_vllm.kernels.cpu_tokens import addresses, load_new_key, tokens_at
 from hashevict_vllm.kernels.cpu_votes import cast_votes
 
@@ -73,21 +75,22 @@ def measure(
     )
     output = torch.empty_like(q)
     stock = torch.cat([layer.cache.flat_slots(i, budget - 1, 1) for i in range(batch)])
-    common = (pages.elements, pages.tail, places, table, geometry, numbers)
+    where = (pages.elements, pages.tail, k_map, v_map, geometry)
+    common = (where, (numbers, projection, geometry[8], strengths), places, table)
 
     def write(step: int) -> None:
         slots = random.integers(0, budget, (batch, shape.kv_heads))
-        _write(*common, k_map, v_map, slots)
+        _write(*common, slots)
 
     parts: dict[str, timing.Part] = {
         "stock's update": lambda _: layer.cache.write(k, v, stock),
-        "hash": lambda _: _hash(*common, projection, rule == "instant"),
+        "hash": lambda _: _hash(*common, rule == "instant"),
         "scan": lambda _: _scan(*common, budget),
         "write": write,
     }
     if rule == "vote":
-        parts["frame"] = lambda _: _frame(*common, k_map, projection)
-        parts["ballot"] = lambda _: _ballot(*common, projection, strengths, budget)
+        parts["frame"] = lambda _: _frame(*common)
+        parts["ballot"] = lambda _: _ballot(*common, budget)
     spaced: dict[str, timing.Part] = {}
     for name, part in parts.items():
         # What a part reads has left the nearer caches, as between two layers.
@@ -98,105 +101,69 @@ def measure(
 
 
 @njit(nogil=True)
-def _write(elements, tail, places, table, geometry, rule, k_map, v_map, slots):
-    tokens = tokens_at(places, elements)
-    elements, table = borrowed(elements), borrowed(table)
+def _write(where, numbers, places, table, slots):
+    pages, tokens = pages_of(*where), tokens_at(places, where[0])
+    table = borrowed(table)
     for row in range(len(table)):
-        for head in range(geometry[0]):
-            slot, blocks = slots[row, head], table[row]
-            copy_in(elements, tokens, row, blocks, slot, head, k_map, v_map, geometry)
+        for head in range(pages.heads):
+            copy_in(pages, tokens, row, table[row], slots[row, head], head)
 
 
 @njit(nogil=True)
-def _hash(elements, tail, places, table, geometry, rule, projection, queries):
-    tokens = tokens_at(places, elements)
-    b, words, group = geometry[8], (geometry[8] + 31) // 32, tokens.group
-    x, dots = np.empty(group * geometry[2], np.float32), np.empty(group * b, np.float32)
-    y, key_dots = np.empty(geometry[2], np.float32), np.empty(b, np.float32)
-    sources, key = np.empty((group, words), np.int32), np.empty(words, np.int32)
-    merged = np.zeros(merged_shape(group, words), np.int32)
+def _hash(where, numbers, places, table, queries):
+    pages, rule = pages_of(*where), rule_of(*numbers)
+    tokens = tokens_at(places, where[0])
+    scratch = new_scratch(pages, rule, tokens)
+    chosen = new_chosen(pages, scratch)
+    words = np.empty((rule.bits + 31) // 32, np.int32)
     for row in range(len(table)):
-        for head in range(geometry[0]):
-            load_new_key(tokens, row, head, geometry, y)
-            hash_row(y, projection, key_dots, key)
+        for head in range(pages.heads):
+            load_new_key(pages, tokens, row, head, scratch.key)
+            hash_row(scratch.key, rule.projection, scratch.key_dots, words)
             if queries:
-                merge_queries(
-                    tokens, row, head, projection, x, dots, sources, geometry, merged
-                )
+                merged = chosen.merged[head]
+                merge_queries(pages, rule, tokens, row, head, scratch, merged)
 
 
 @njit(nogil=True)
-def _scan(elements, tail, places, table, geometry, rule, budget):
-    tail, table = borrowed(tail), borrowed(table)
-    group, heads, block_size = places[7], geometry[0], geometry[1]
-    merged = np.zeros((heads, group + 2, geometry[3]), np.int32)
-    best, scratch = (
-        np.empty((heads, BEST_SIZE), np.int32),
-        np.empty(block_size, np.int32),
-    )
-    total = np.int64(0)
+def _scan(where, numbers, places, table, budget):
+    pages, rule, table = pages_of(*where), rule_of(*numbers), borrowed(table)
+    scratch = new_scratch(pages, rule, tokens_at(places, where[0]))
+    chosen, total, t = new_chosen(pages, scratch), np.int64(0), 5 * budget
+    merged, best, scores = chosen.merged, chosen.best, scratch.scores
     for row in range(len(table)):
-        for head in range(heads):
+        for head in range(pages.heads):
             reset_best(best[head])
-        for first in range(0, budget, block_size):
-            for head in range(heads):
+        for first in range(0, budget, pages.block_size):
+            for head in range(pages.heads):
+                blocks = table[row]
                 scan_block(
-                    tail,
-                    table[row],
-                    first,
-                    budget,
-                    head,
-                    merged,
-                    group,
-                    5 * budget,
-                    geometry,
-                    rule,
-                    scratch,
-                    best,
-                    head,
+                    pages, rule, blocks, first, budget, head, t, merged, scores, best
                 )
-        for head in range(heads):
+        for head in range(pages.heads):
             total += best_slot(best[head])
     return total
 
 
 @njit(nogil=True)
-def _frame(elements, tail, places, table, geometry, rule, k_map, projection):
-    tokens = tokens_at(places, elements)
-    elements, table = borrowed(elements), borrowed(table)
-    dim, lanes = geometry[2], adjacent_keys(k_map, rule[0])
-    x, y = np.empty(dim, np.float32), np.empty(dim, np.float32)
-    frame, dots = np.empty(3 * dim, np.float64), np.empty(geometry[8], np.float32)
-    words = np.empty(geometry[3], np.int32)
+def _frame(where, numbers, places, table):
+    pages, rule, table = pages_of(*where), rule_of(*numbers), borrowed(table)
+    tokens = tokens_at(places, where[0])
+    scratch, frame = new_scratch(pages, rule, tokens), np.empty(3 * pages.dim)
+    lanes = adjacent_keys(pages.k_map, rule.sinks)
+    key, dots, words = scratch.key, scratch.key_dots, scratch.words
     for row in range(len(table)):
-        for head in range(geometry[0]):
-            frame_of(
-                elements, table[row], head, k_map, lanes, geometry, rule[0], x, frame
-            )
-            load_new_key(tokens, row, head, geometry, y)
-            describe_in(y, frame, projection, dots, words)
+        for head in range(pages.heads):
+            frame_of(pages, table[row], head, lanes, rule.sinks, scratch.x, frame)
+            load_new_key(pages, tokens, row, head, key)
+            describe_in(key, frame, rule.projection, dots, words)
 
 
 @njit(nogil=True)
-def _ballot(
-    elements, tail, places, table, geometry, rule, projection, strengths, budget
-):
-    tokens = tokens_at(places, elements)
-    tail, table = borrowed(tail), borrowed(table)
-    frame = np.zeros(3 * geometry[2], np.float64)
+def _ballot(where, numbers, places, table, budget):
+    pages, rule, table = pages_of(*where), rule_of(*numbers), borrowed(table)
+    tokens, frame = tokens_at(places, where[0]), np.zeros(3 * pages.dim)
     for row in range(len(table)):
-        for head in range(geometry[0]):
-            cast_votes(
-                tail,
-                tokens,
-                row,
-                table[row],
-                budget,
-                head,
-                projection,
-                geometry,
-                rule,
-                strengths,
-                frame,
-                5 * budget,
-            )
+        for head in range(pages.heads):
+            blocks, t = table[row], 5 * budget
+            cast_votes(pages, rule, tokens, row, blocks, budget, head, frame, t)

@@ -18,7 +18,7 @@ from hashevict_vllm.kernels.cpu_slots import (
     elements_of,
     load_key,
     row_size,
-    tail_of,
+    word_of,
 )
 from hashevict_vllm.kernels.cpu_vector import LANES, sum_of_run
 from hashevict_vllm.kernels.jit import inlined
@@ -74,24 +74,24 @@ def _add_runs(page, starts, lanes, kind, centre):
 
 
 @njit
-def _centre(elements, blocks, head, k_map, lanes, geometry, sinks, x, centre):
+def _centre(pages, blocks, head, lanes, sinks, x, centre):
     """Mean key of slots [1, sinks) into ``centre`` float64 [D], 0 if there are none."""
-    block_size, kind = geometry[1], geometry[7]
+    block_size, kind = pages.block_size, pages.kind
     centre[:] = 0.0
     if sinks < 2:
         return
     share = 1.0 / (sinks - 1)
     if len(lanes) and kind != FLOAT32:  # sums of so few short numbers are exact
         for slot in range(0, sinks, LANES):
-            start = elements_of(blocks, slot, head, geometry)
-            page = elements[start : start + 2 * block_size * len(centre)]
+            start = elements_of(pages, blocks, slot, head)
+            page = pages.elements[start : start + 2 * block_size * len(centre)]
             chosen = lanes[slot : slot + LANES]
-            _add_runs(page, k_map[slot % block_size], chosen, kind, centre)
+            _add_runs(page, pages.k_map[slot % block_size], chosen, kind, centre)
         if kind == FLOAT16:
             share *= np.float64(FP16_REBIAS)
     else:
         for slot in range(1, sinks):
-            load_key(elements, blocks, slot, head, k_map, geometry, x)
+            load_key(pages, blocks, slot, head, x)
             for d in range(len(x)):
                 centre[d] += x[d]
     for d in range(len(centre)):
@@ -116,17 +116,17 @@ def _normalise(x, square):
 
 
 @njit
-def frame_of(elements, blocks, head, k_map, lanes, geometry, sinks, x, frame):
+def frame_of(pages, blocks, head, lanes, sinks, x, frame):
     """Write the frame of a (request, KV head), `KeyFrame.of`; all sinks must be there.
 
     ``lanes`` as `adjacent_keys`; ``x`` float32 [D] is scratch; ``frame`` float64 [3 D].
     """
     dim = len(x)
     centre, one, other = frame[:dim], frame[dim : 2 * dim], frame[2 * dim : 3 * dim]
-    _centre(elements, blocks, head, k_map, lanes, geometry, sinks, x, centre)
+    _centre(pages, blocks, head, lanes, sinks, x, centre)
     one[:] = 0.0
     if sinks:
-        load_key(elements, blocks, 0, head, k_map, geometry, x)
+        load_key(pages, blocks, 0, head, x)
         for d in range(dim):
             one[d] = x[d]
     _normalise(one, _dot(one, one))
@@ -203,32 +203,15 @@ def last_group(end):
 
 
 @njit
-def describe_slots(
-    elements,
-    tail,
-    blocks,
-    first,
-    end,
-    head,
-    projection,
-    k_map,
-    geometry,
-    x,
-    dots,
-    words,
-    frame,
-):
-    """Describe the keys of slots [first, end), which are there; votes stay.
-
-    ``x`` [D], ``dots`` [b] and ``words`` int32 [W] are scratch.
-    """
-    block_size, size = geometry[1], row_size(geometry)
+def describe_slots(pages, rule, blocks, first, end, head, frame, scratch):
+    """Describe the keys of slots [first, end), which are there; votes stay."""
+    size, words = row_size(pages), scratch.words
     for slot in range(first, end):
-        load_key(elements, blocks, slot, head, k_map, geometry, x)
-        describe_in(x, frame, projection, dots, words)
-        at = tail_of(blocks, slot, head, geometry) + slot % block_size
+        load_key(pages, blocks, slot, head, scratch.x)
+        describe_in(scratch.x, frame, rule.projection, scratch.key_dots, words)
+        at = word_of(pages, blocks, slot, head)
         for w in range(len(words) - 1):
-            tail[at + w * size] = words[w]
+            pages.tail[at + w * size] = words[w]
 
 
 @njit

@@ -25,7 +25,7 @@ from hashevict_vllm.kernels.cpu_scan import (
     largest_score,
     reset_best,
 )
-from hashevict_vllm.kernels.cpu_slots import load_key, row_size, tail_of
+from hashevict_vllm.kernels.cpu_slots import load_key, row_size, tail_of, word_of
 from hashevict_vllm.kernels.cpu_tokens import load_queries
 from hashevict_vllm.kernels.jit import inlined
 
@@ -43,26 +43,27 @@ def square_of(x):
 
 
 @njit
-def describe_key(x, projection, dots, rule, words):
+def describe_key(x, rule, dots, words):
     """What a slot keeps of its key x [D] for later scores, into ``words`` [W].
 
     Votes describe keys in a frame: `hashevict_vllm.kernels.cpu_frame`.
     """
-    if rule[2] <= HAMMING_TO_QUERY:
-        hash_row(x, projection, dots, words)
-    elif rule[2] == NORM:
+    if rule.score <= HAMMING_TO_QUERY:
+        hash_row(x, rule.projection, dots, words)
+    elif rule.score == NORM:
         words.view(np.float32)[0] = square_of(x)  # its bits order as the float does
 
 
 @njit
-def merge_queries(tokens, row, head, projection, x, dots, sources, geometry, merged):
+def merge_queries(pages, rule, tokens, row, head, scratch, merged):
     """Sign the G query heads of a KV head and merge their signatures.
 
-    Scratch: ``x`` [G * D], ``dots`` [G * b], ``sources`` [G, W].
+    ``scratch`` is a `Scratch`; ``merged`` is written as `merge` does.
     """
-    group, b = sources.shape[0], geometry[8]
-    load_queries(tokens, row, head, geometry, x)
-    project_rows(x, projection, dots, group)
+    dots, sources = scratch.dots, scratch.sources
+    group, b = sources.shape[0], rule.bits
+    load_queries(pages, tokens, row, head, scratch.x)
+    project_rows(scratch.x, rule.projection, dots, group)
     for g in range(group):
         pack_signs(dots[g * b : (g + 1) * b], sources[g])
     merge(sources, merged)
@@ -87,15 +88,15 @@ def _inverse_norm(x):
 
 
 @njit
-def _mean_direction(elements, tail, blocks, num_slots, head, k_map, geometry, mean):
+def _mean_direction(pages, blocks, num_slots, head, mean):
     """Normalised mean of the normalised keys of live slots, into ``mean`` [D]."""
     x = np.empty(len(mean), np.float32)
     mean[:] = np.float32(0)
+    last = pages.words * row_size(pages)
     for slot in range(num_slots):
-        at = tail_of(blocks, slot, head, geometry) + geometry[3] * row_size(geometry)
-        if tail[at + slot % geometry[1]] < 0:
+        if pages.tail[word_of(pages, blocks, slot, head) + last] < 0:
             continue
-        load_key(elements, blocks, slot, head, k_map, geometry, x)
+        load_key(pages, blocks, slot, head, x)
         factor = _inverse_norm(x)
         for d in range(len(mean)):
             mean[d] += x[d] * factor
@@ -105,11 +106,11 @@ def _mean_direction(elements, tail, blocks, num_slots, head, k_map, geometry, me
 
 
 @njit
-def _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score):
+def _cosine_scores(pages, blocks, first, head, mean, score):
     """Scores of slots [first, first + n) by cosine with the mean direction."""
     x = np.empty(len(mean), np.float32)
     for i in range(len(score)):
-        load_key(elements, blocks, first + i, head, k_map, geometry, x)
+        load_key(pages, blocks, first + i, head, x)
         dot = np.float32(0)
         for d in range(len(mean)):
             dot += x[d] * mean[d]
@@ -118,45 +119,30 @@ def _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, score):
 
 
 @inlined
-def scan_block(
-    tail,
-    blocks,
-    first,
-    num_slots,
-    head,
-    merged,
-    group,
-    t,
-    geometry,
-    rule,
-    scratch,
-    best,
-    which,
-):
+def scan_block(pages, rule, blocks, first, num_slots, head, t, merged, score, best):
     """Score a block's slots, from ``first`` on, and keep the best of them.
 
-    ``merged`` and ``best`` by number ``which``, see `cpu_scan`. ``scratch`` int32 [N]
-    holds scores; where a rule has none of its own, the caller's.
+    Of ``merged`` [H, .., W] and ``best`` [H, BEST_SIZE] row ``head`` is used, see
+    `cpu_scan`. ``score`` int32 [N]: where a rule has no scores, the caller's count.
     """
-    block_size, words, size = geometry[1], geometry[3], row_size(geometry)
-    count = min(block_size, num_slots - first)
-    base = tail_of(blocks, first, head, geometry)
+    block_size, words, size = pages.block_size, pages.words, row_size(pages)
+    count, tail = min(block_size, num_slots - first), pages.tail
+    base = tail_of(pages, blocks, first, head)
     position = base + words * size
-    if rule[2] <= HAMMING_TO_QUERY:
+    if rule.score <= HAMMING_TO_QUERY:
+        group = np.int64(merged.shape[1] - 2)
         masks, odd = np.int64((group + 1) // 2), np.int64(group % 2)
-        hamming_scores(
-            tail, base, size, words, merged, which, masks, odd, scratch, count
-        )
-    elif rule[2] == VOTE:
+        hamming_scores(tail, base, size, words, merged, head, masks, odd, score, count)
+    elif rule.score == VOTE:
         votes = position - size
-        _vote_scores(tail[votes : votes + block_size], scratch)
-    elif rule[2] == NORM:
-        scratch[:] = tail[base : base + block_size]
-    elif rule[2] == RANDOM:
-        _random_scores(rule[3], t, tail[position : position + block_size], scratch)
-    if largest_score(scratch, count) >= best[which, TOP]:
-        lowest, highest = np.int64(rule[0]), np.int64(t) - 1 - rule[1]
-        keep_best(scratch, tail, position, count, first, lowest, highest, best, which)
+        _vote_scores(tail[votes : votes + block_size], score)
+    elif rule.score == NORM:
+        score[:] = tail[base : base + block_size]
+    elif rule.score == RANDOM:
+        _random_scores(rule.seed, t, tail[position : position + block_size], score)
+    if largest_score(score, count) >= best[head, TOP]:
+        lowest, highest = np.int64(rule.sinks), np.int64(t) - 1 - rule.recent
+        keep_best(score, tail, position, count, first, lowest, highest, best, head)
 
 
 @njit
@@ -174,51 +160,22 @@ def _random_scores(seed, t, position, score):
 
 
 @njit
-def find_victim(
-    elements,
-    tail,
-    blocks,
-    num_slots,
-    head,
-    merged,
-    group,
-    t,
-    k_map,
-    geometry,
-    rule,
-    scratch,
-    best,
-):
+def find_victim(pages, rule, blocks, num_slots, head, t, merged, score, best):
     """The unprotected slot with the largest score; ties go to the oldest position.
 
-    ``merged[0]`` are the ``group`` signatures compared with, merged by
-    `hashevict_vllm.kernels.cpu_hamming`; positions below the sinks or above
-    ``t - 1 - recent`` are protected, slots marked ``~position`` are dead. Scratch:
-    ``scratch`` int32 [N], ``best`` int32 [1, BEST_SIZE].
+    Positions below the sinks or above ``t - 1 - recent`` are protected, slots marked
+    ``~position`` are dead. Arguments as `scan_block`; ``score`` and ``best`` are
+    scratch.
     """
-    block_size = geometry[1]
-    mean = np.empty(geometry[2] if rule[2] == KEY_DIFF else 0, np.float32)
-    if rule[2] == KEY_DIFF:
-        _mean_direction(elements, tail, blocks, num_slots, head, k_map, geometry, mean)
-    scratch[:] = np.int32(0)
-    reset_best(best[0])
+    block_size, distinct = pages.block_size, rule.score == KEY_DIFF
+    mean = np.empty(pages.dim if distinct else 0, np.float32)
+    if distinct:
+        _mean_direction(pages, blocks, num_slots, head, mean)
+    score[:] = np.int32(0)
+    reset_best(best[head])
     for first in range(0, num_slots, block_size):
-        if rule[2] == KEY_DIFF:
-            here = scratch[: min(block_size, num_slots - first)]
-            _cosine_scores(elements, blocks, first, head, k_map, geometry, mean, here)
-        scan_block(
-            tail,
-            blocks,
-            first,
-            num_slots,
-            head,
-            merged,
-            group,
-            t,
-            geometry,
-            rule,
-            scratch,
-            best,
-            0,
-        )
-    return best_slot(best[0])
+        if distinct:
+            here = score[: min(block_size, num_slots - first)]
+            _cosine_scores(pages, blocks, first, head, mean, here)
+        scan_block(pages, rule, blocks, first, num_slots, head, t, merged, score, best)
+    return best_slot(best[head])

@@ -104,15 +104,15 @@ def tokens_at(places, elements):
 
 
 @njit
-def load_new_key(tokens, row, head, geometry, x):
+def load_new_key(pages, tokens, row, head, x):
     """A token's key as float32, into ``x`` [D]."""
-    at = row * tokens.k_stride + head * geometry[2]
-    load(tokens.k[at : at + geometry[2]], geometry[7], x)
+    at = row * tokens.k_stride + head * pages.dim
+    load(tokens.k[at : at + pages.dim], pages.kind, x)
 
 
 @njit
-def load_queries(tokens, row, head, geometry, x):
+def load_queries(pages, tokens, row, head, x):
     """The G query rows of a KV head as float32, into ``x`` [G * D]."""
-    size = tokens.group * geometry[2]
+    size = tokens.group * pages.dim
     at = row * tokens.q_stride + head * size
-    load(tokens.q[at : at + size], geometry[7], x)
+    load(tokens.q[at : at + size], pages.kind, x)

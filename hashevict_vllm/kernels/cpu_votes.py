@@ -20,7 +20,12 @@ from hashevict_vllm.kernels.cpu_ballot import (
 )
 from hashevict_vllm.kernels.cpu_frame import split_queries
 from hashevict_vllm.kernels.cpu_hash import project_rows
-from hashevict_vllm.kernels.cpu_slots import prefetch_rows, row_size, tail_of
+from hashevict_vllm.kernels.cpu_slots import (
+    prefetch_rows,
+    row_size,
+    tail_of,
+    word_of,
+)
 from hashevict_vllm.kernels.cpu_tokens import load_queries
 from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
@@ -86,30 +91,15 @@ def _fade_and_add(votes, position, oldest_new, decay, mean, new_votes):
 
 
 @njit
-def cast_votes(
-    tail,
-    tokens,
-    row,
-    blocks,
-    num_slots,
-    head,
-    projection,
-    geometry,
-    rule,
-    strengths,
-    frame,
-    t,
-):
+def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
     """Let the G queries of a row vote on the first ``num_slots`` slots of a request.
 
-    ``strengths`` float32 [3]: factor of the hashed part of a logit, decay, softmax
-    scale. ``frame`` float64 [3 D]. ``t`` is the position of a decoding token, whose
-    ballot first fades earlier votes; negative in a segment.
+    ``frame`` float64 [3 D]. ``t`` is the position of a decoding token, whose ballot
+    first fades earlier votes; negative in a segment.
     """
-    block_size, words = geometry[1], geometry[3]
-    hashed, size = words - 2, row_size(geometry)
-    group = tokens.group
-    dim, bits = geometry[2], geometry[8]
+    block_size, tail = pages.block_size, pages.tail
+    hashed, size = pages.words - 2, row_size(pages)
+    group, dim, bits = tokens.group, pages.dim, rule.bits
     as_float = tail.view(np.float32)
     room = (num_slots + block_size - 1) // block_size * block_size
     x, projected = np.empty(group * dim, np.float32), np.empty(group * bits, np.float32)
@@ -117,30 +107,29 @@ def cast_votes(
     sums, shares = np.empty(WIDTH, np.float32), np.empty(4, np.float32)
     votes = np.zeros(room, np.float32)
     along, lines = np.empty(2 * group, np.float32), np.empty(8, np.float32)
-    load_queries(tokens, row, head, geometry, x)
+    load_queries(pages, tokens, row, head, x)
     split_queries(x, frame, group, along)
-    project_rows(x, projection, projected, group)
+    project_rows(x, rule.projection, projected, group)
     for first_query in range(0, group, 4):
         _fill_tables(projected, bits, group, first_query, tables)
-        _pair_up(along, group, first_query, strengths[2], lines)
+        _pair_up(along, group, first_query, rule.scale, lines)
         logits[:] = np.float32(0)
         for first in range(0, num_slots, block_size):
             prefetch_rows(
-                tail,
+                pages,
                 blocks,
                 first + BALLOT_AHEAD * block_size,
                 min(num_slots, first + (BALLOT_AHEAD + 1) * block_size),
                 head,
-                geometry,
                 0,
-                words + 1,
+                pages.words + 1,
             )
-            base = tail_of(blocks, first, head, geometry)
+            base = tail_of(pages, blocks, first, head)
             for w in range(hashed):
                 at = base + w * size
                 add_rows(tail, at, block_size, tables, w * 4096, logits, 4 * first)
             at = base + hashed * size
-            join_rows(logits, 4 * first, tail, at, block_size, strengths[0], lines)
+            join_rows(logits, 4 * first, tail, at, block_size, rule.gain, lines)
         logits[4 * num_slots :] = np.float32(-np.inf)
         softmax_rows(logits, sums)
         for g in range(4):
@@ -151,11 +140,11 @@ def cast_votes(
     # In a segment every slot is older than this, and nothing fades.
     oldest_new, decay, mean = np.int32(2**31 - 1), np.float32(1), np.float32(0)
     if t >= 0:
-        oldest_new, decay = np.int32(t - rule[5]), strengths[1]
+        oldest_new, decay = np.int32(t - rule.vote_every), rule.decay
         total, others = np.float32(0), 0
         for first in range(0, num_slots, block_size):
             count = min(block_size, num_slots - first)
-            at = tail_of(blocks, first, head, geometry) + (hashed + 1) * size
+            at = tail_of(pages, blocks, first, head) + (hashed + 1) * size
             position = tail[at + size : at + size + count]
             here, old = _sum_old(as_float[at : at + count], position, oldest_new)
             total += here
@@ -163,7 +152,7 @@ def cast_votes(
         mean = decay * total / np.float32(others) if others else np.float32(0)
     for first in range(0, num_slots, block_size):
         count = min(block_size, num_slots - first)
-        at = tail_of(blocks, first, head, geometry) + (hashed + 1) * size
+        at = tail_of(pages, blocks, first, head) + (hashed + 1) * size
         position = tail[at + size : at + size + count]
         kept, new_votes = as_float[at : at + count], votes[first : first + count]
         _fade_and_add(kept, position, oldest_new, decay, mean, new_votes)
@@ -202,25 +191,25 @@ def _pool(position, votes, pool):
 
 
 @njit
-def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
+def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
     """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
 
-    Votes are pooled over ``rule[4]`` positions (`hashevict_vllm.policies.vote`), and
+    Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`), and
     stay so; sinks and positions of at least ``end - recent`` are protected; ties keep
     the newer slot.
     """
-    block_size, words, size = geometry[1], geometry[3], row_size(geometry)
+    words, size, tail = pages.words, row_size(pages), pages.tail
     position = np.empty(num_slots, np.int32)
     votes = np.empty(num_slots, np.float32)
     as_float = tail.view(np.float32)
     for slot in range(num_slots):
-        at = tail_of(blocks, slot, head, geometry) + slot % block_size
+        at = word_of(pages, blocks, slot, head)
         position[slot] = tail[at + words * size]
         votes[slot] = as_float[at + (words - 1) * size]
     order = np.argsort(position)
-    pooled = _pool(position[order], votes[order], rule[4])
+    pooled = _pool(position[order], votes[order], rule.pool)
     for i in range(num_slots):
-        at = tail_of(blocks, order[i], head, geometry) + order[i] % block_size
+        at = word_of(pages, blocks, order[i], head)
         as_float[at + (words - 1) * size] = pooled[i]
     ranked = np.argsort(pooled, kind="mergesort")
     left = num_slots - budget
@@ -228,8 +217,8 @@ def mark_losers(tail, blocks, num_slots, head, end, geometry, rule, budget):
         slot = order[i]
         if left == 0:
             break
-        if position[slot] < rule[0] or position[slot] >= end - rule[1]:
+        if position[slot] < rule.sinks or position[slot] >= end - rule.recent:
             continue
-        at = tail_of(blocks, slot, head, geometry) + slot % block_size
-        tail[at + words * size] = ~position[slot]
+        at = word_of(pages, blocks, slot, head) + words * size
+        tail[at] = ~position[slot]
         left -= 1
