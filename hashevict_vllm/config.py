@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hashevict_vllm.resolved import ResolvedKVPolicy
+
 SCORINGS: dict[str, tuple[str, ...]] = {
     "full": (),
     "hashevict": ("vote", "instant"),
@@ -43,9 +45,6 @@ SCORING_OPTIONS = {
     "instant": ("hash_source",),
 }
 """Options that one rule of hashevict alone reads."""
-
-VOTE_HORIZON = 256
-"""Steps before the cache is full from which on votes are kept."""
 
 VOTE_SINKS, SINKS = 16, 4
 """Default sinks with votes, which describe keys by them, and without."""
@@ -380,82 +379,6 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {choices}."
         raise _fail(option_flag(key), f"unknown value {value!r}; {hint}")
-
-
-@dataclass(frozen=True)
-class ResolvedKVPolicy:
-    """A policy in plain numbers, as the cache, the planner and the kernels use it.
-
-    Attributes:
-        name: Policy name.
-        budget: C, live slots per (request, layer, KV head).
-        scoring: Eviction rule.
-        hash_bits: b, bits of a signature; unused by policies that keep none.
-        hash_source: ``query`` or ``key``.
-        orthogonal: Orthogonalised projection.
-        sinks: Positions below this are protected.
-        recent: Positions above ``t - 1 - recent`` are protected at step t.
-        segment: S in tokens; at least ``max_model_len`` means the whole prompt.
-        seed: Seed of the projection, or of the random policy.
-        window: Voting queries of a segment.
-        pool: Positions over which votes are max-pooled.
-        vote_every: In decode, one token of so many votes.
-        decay: Factor on earlier votes at every vote in decode.
-
-    """
-
-    name: str
-    budget: int
-    scoring: str
-    hash_bits: int
-    hash_source: str
-    orthogonal: bool
-    sinks: int
-    recent: int
-    segment: int
-    seed: int
-    window: int
-    pool: int
-    vote_every: int
-    decay: float
-
-    @property
-    def votes(self) -> bool:
-        """Whether segments are judged by votes instead of a replay."""
-        return self.scoring == "vote"
-
-    @property
-    def first_ballot(self) -> int:
-        """Position from which on decoding tokens may vote."""
-        return max(self.sinks, 1, self.budget - VOTE_HORIZON)
-
-    def voters(self, start: int, stop: int, prompt_len: int) -> range:
-        """Positions in [start, stop) whose queries vote; a matter of positions alone.
-
-        The last ``window`` queries of a segment that will be reduced do, and those of
-        the prompt, and in decode one of ``vote_every``; the latter two not while the
-        cache is far from full, as votes fade before they count. Nobody votes before
-        the sinks are there, in whose frame keys are described.
-
-        Args:
-            start: First position.
-            stop: End; both in the prompt, with no reduction between them, or both
-                beyond it.
-            prompt_len: Length of the prompt.
-
-        """
-        if not self.votes:
-            return range(0)
-        if start >= prompt_len or self.segment == 1:
-            first = max(start, self.first_ballot)
-            return range(
-                -(-first // self.vote_every) * self.vote_every, stop, self.vote_every
-            )
-        begin = (stop - 1) // self.segment * self.segment
-        end = min(begin + self.segment, prompt_len)
-        if end <= self.budget - (VOTE_HORIZON if end == prompt_len else 0):
-            return range(0)
-        return range(max(start, begin, end - self.window, self.sinks, 1), stop)
 
 
 def kv_policy(name: str = "hashevict", **options: Any) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from hashevict_vllm import compat_device
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
-from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_layout import KVCacheLayout

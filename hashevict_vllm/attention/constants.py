@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from hashevict_vllm.cache.element_map import probe_element_map
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.policies.vote import estimate_scale
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 logger = logging.getLogger("vllm.hashevict_vllm.attention")
 

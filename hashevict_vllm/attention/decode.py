@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 def decode_arrays(

@@ -12,10 +12,10 @@ from vllm.v1.attention.backend import AttentionLayer
 from hashevict_vllm.attention.metadata import BudgetedMetadata, Round
 from hashevict_vllm.attention.unshared import UnsharedCacheMixin
 from hashevict_vllm.cache.page import LayerPages
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.cpu_tokens import addresses, with_whole_rows
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 class BudgetedImplMixin(UnsharedCacheMixin):

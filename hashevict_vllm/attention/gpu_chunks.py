@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from hashevict_vllm.attention.plan import Piece, cut_chunk
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels.triton.pieces import NAMES
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 def piece_rows(pieces: Sequence[Piece]) -> list[list[int]]:

@@ -25,10 +25,10 @@ from vllm.v1.attention.backend import AttentionLayer
 from hashevict_vllm.attention.gpu_metadata import DeviceMetadata, DeviceRound
 from hashevict_vllm.attention.inner import InnerBackend
 from hashevict_vllm.attention.unshared import UnsharedCacheMixin
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from hashevict_vllm.config import VOTE_HORIZON, KVPolicyError, ResolvedKVPolicy
+from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton.rule import DeviceRule, make_salt
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.policies.vote import estimate_scale
+from hashevict_vllm.resolved import VOTE_HORIZON, ResolvedKVPolicy
 
 
 def device_rule(policy: ResolvedKVPolicy) -> DeviceRule:

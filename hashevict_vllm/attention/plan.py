@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.layer import Attention, BudgetedLayer, PagedCache, Shape
 from hashevict_vllm.bench.results import Results, show_progress
 from hashevict_vllm.bench.rules import RULES, rule_named
-from hashevict_vllm.config import KVPolicyConfig, ResolvedKVPolicy
+from hashevict_vllm.config import KVPolicyConfig
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 STEPS = 8
 """Positions of a sample; a multiple of ``vote_every``, as only some tokens vote."""

@@ -16,7 +16,8 @@ from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.layer import Attention, BudgetedLayer, PagedCache, Shape
 from hashevict_vllm.bench.results import Results, show_progress
 from hashevict_vllm.bench.rules import RULES, rule_named
-from hashevict_vllm.config import SEGMENT_PROMPT, KVPolicyConfig, ResolvedKVPolicy
+from hashevict_vllm.config import SEGMENT_PROMPT, KVPolicyConfig
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,9 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from hashevict_vllm.cache.manager import BudgetedAttentionManager
 from hashevict_vllm.cache.page import tail_bytes
-from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
+from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

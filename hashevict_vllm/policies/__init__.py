@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hashevict_vllm.config import KVPolicyError, ResolvedKVPolicy
+from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.policies.base import EvictionRule
 from hashevict_vllm.policies.hashevict import InstantHamming
 from hashevict_vllm.policies.key_diff import KeyDiff
@@ -10,6 +10,7 @@ from hashevict_vllm.policies.l2_norm import L2Norm
 from hashevict_vllm.policies.random import Random
 from hashevict_vllm.policies.streaming_llm import StreamingLLM
 from hashevict_vllm.policies.vote import Vote
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 RULES: dict[tuple[str, str], type[EvictionRule]] = {
     ("hashevict", "instant"): InstantHamming,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 @dataclass

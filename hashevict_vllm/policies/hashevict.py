@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 class InstantHamming(EvictionRule):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.policies.base import LiveSlots
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 class ReferenceLayer:

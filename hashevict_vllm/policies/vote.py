@@ -14,12 +14,12 @@ import math
 
 import torch
 
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
 from hashevict_vllm.policies.frame import KeyFrame
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 SMOOTH = 2
 """Votes are averaged over this many positions to either side before they are pooled."""

@@ -19,7 +19,7 @@ from hashevict_vllm.attention.gpu_forward import DeviceImplMixin
 from hashevict_vllm.attention.gpu_metadata import DeviceMetadataBuilderMixin
 from hashevict_vllm.attention.plan import occupied_slots
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
-from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 MAX_TOKENS, MAX_MODEL_LEN = 96, 512
 

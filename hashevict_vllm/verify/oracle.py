@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.policies.reference import ReferenceLayer
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 _ATTENTION = "hashevict_reference"
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from support.oracle import resolve
 from support.paged_triton import LAYOUTS, POISON, SCALE, TritonLayer
 
-from hashevict_vllm.config import ResolvedKVPolicy
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
 from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.policies.frame import KeyFrame
 from hashevict_vllm.policies.reference import ReferenceLayer
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 # bfloat16 too: the interpreter cannot calculate in it, but the kernels, which only
 # convert it to float32 and move it, do not ask it to.

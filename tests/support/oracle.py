@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hashevict_vllm.config import KVPolicyConfig, ResolvedKVPolicy
+from hashevict_vllm.config import KVPolicyConfig
+from hashevict_vllm.resolved import ResolvedKVPolicy
 from hashevict_vllm.verify.oracle import Oracle, SlidingLayer
 from support.engine import MAX_MODEL_LEN
 
