@@ -18,13 +18,13 @@ from hashevict_vllm.attention.constants import rule_array, vote_strengths
 from hashevict_vllm.attention.metadata import _round_arrays
 from hashevict_vllm.attention.plan import Piece, cut_chunk
 from hashevict_vllm.cache.element_map import probe_element_map
-from hashevict_vllm.cache.page import WORD_BYTES, LayerPages, tail_bytes
-from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.cpu_tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 @dataclass(frozen=True)
@@ -232,14 +232,8 @@ class BudgetedLayer:
         As after a long time of evictions: sinks where they were appended, the others
         anywhere.
         """
-        g, item = self.pages.geometry, WORD_BYTES
+        g, tail = self.pages.geometry, self.pages.slot_words
         rows, sinks = g.words + 1, self.policy.sinks
-        row = g.num_kv_heads * g.block_size * item
-        tail = np.lib.stride_tricks.as_strided(
-            self.pages.tail[g.kv_bytes // item :],
-            (len(self.cache.kv_cache), g.num_kv_heads, rows, g.block_size),
-            (g.block_stride, row // g.num_kv_heads, row, item),
-        )
         random = np.random.default_rng(0)
         budget = self.policy.budget
         for blocks in self.cache.block_table.numpy():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -81,11 +80,9 @@ def our_engine(options: argparse.Namespace) -> tuple[Generate, dict[str, str]]:
     """VLLM with this plugin."""
     from vllm import LLM, SamplingParams
 
-    from hashevict_vllm.bench.scenarios import kv_bytes_per_token
+    from hashevict_vllm.bench.scenarios import own_pool
     from hashevict_vllm.config import kv_policy
 
-    # Beats kv_cache_memory_bytes (vllm/platforms/cpu.py).
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     # Whole prompts are held while they are read.
     tokens = options.batch * (options.prompt + options.output + 256)
     llm = LLM(
@@ -94,7 +91,7 @@ def our_engine(options: argparse.Namespace) -> tuple[Generate, dict[str, str]]:
         max_num_seqs=options.batch,
         max_model_len=options.prompt + options.output + 64,
         enforce_eager=options.eager,
-        kv_cache_memory_bytes=int(1.2 * tokens * kv_bytes_per_token(options.model)),
+        kv_cache_memory_bytes=own_pool(options.model, 1.2 * tokens),
         additional_config=kv_policy(budget=options.budget),
     )
 

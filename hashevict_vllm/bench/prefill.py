@@ -8,7 +8,6 @@ to a length only: its time grows with the square.
 from __future__ import annotations
 
 import argparse
-import os
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +16,8 @@ import torch
 from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.results import Results, show_progress
 from hashevict_vllm.bench.rules import RULES, rule_named
-from hashevict_vllm.bench.scenarios import kv_bytes_per_token, model_directory
+from hashevict_vllm.bench.scenarios import BLOCK_SIZE, model_directory, own_pool
 from hashevict_vllm.config import SEGMENT_PROMPT
-
-BLOCK_SIZE = 128
-"""Tokens of a KV block: vLLM's default on CPUs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,14 +75,12 @@ def make_engines(options: argparse.Namespace) -> dict[str, Any]:
     """Engines by name: stock, and one for each segment."""
     from vllm import LLM
 
-    # Beats kv_cache_memory_bytes (vllm/platforms/cpu.py).
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     model = model_directory(options.model)
     longest = max(options.lengths) + BLOCK_SIZE
 
     def engine(tokens: int, policy: dict[str, Any] | None) -> LLM:
         # Room for padding and metadata, and vLLM's null block.
-        pool = 1.2 * (tokens + 2 * BLOCK_SIZE) * kv_bytes_per_token(model)
+        pool = own_pool(model, 1.2 * (tokens + 2 * BLOCK_SIZE))
         return LLM(
             str(model),
             load_format="dummy",

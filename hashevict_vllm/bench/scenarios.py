@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+BLOCK_SIZE = 128
+"""Tokens of a KV block: vLLM's default on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,12 @@ class Scenario:
     @property
     def max_model_len(self) -> int:
         """Room for the chat template's and the tokenizer's own tokens, too."""
-        return -(-(self.prompt + self.output + 64) // 128) * 128
+        return whole_blocks(self.prompt + self.output + 64)
+
+
+def whole_blocks(tokens: int) -> int:
+    """Tokens, rounded up to blocks."""
+    return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
 
 SCENARIOS = {
@@ -107,3 +116,12 @@ def kv_bytes_per_token(model: Path) -> int:
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     heads = config.num_key_value_heads
     return int(config.num_hidden_layers * 2 * heads * head_dim * 2)
+
+
+def own_pool(model: Path, tokens: float) -> int:
+    """Bytes of a pool for so many tokens, for ``kv_cache_memory_bytes``.
+
+    ``VLLM_CPU_KVCACHE_SPACE``, which beats that (vllm/platforms/cpu.py), is dropped.
+    """
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return int(tokens * kv_bytes_per_token(model))

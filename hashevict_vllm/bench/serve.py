@@ -22,6 +22,7 @@ from typing import Any
 from hashevict_vllm.bench import server, timing
 from hashevict_vllm.bench.results import Results, show_progress
 from hashevict_vllm.bench.scenarios import (
+    BLOCK_SIZE,
     SCENARIOS,
     Scenario,
     kv_bytes_per_token,
@@ -36,9 +37,6 @@ METRICS = {
     "itl_p99_ms": "p99_itl_ms",
 }
 """Ours: the client's."""
-
-BLOCK_SIZE = 128
-"""Tokens of a KV block: vLLM's default on CPUs."""
 
 WINDOW = 128
 """Tokens over which the latency at a length is averaged, to either side."""

@@ -10,17 +10,18 @@ engine: how far it is from 1 is the noise.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 from typing import Any
 
 from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.results import Results
-from hashevict_vllm.bench.scenarios import kv_bytes_per_token, model_directory
+from hashevict_vllm.bench.scenarios import (
+    BLOCK_SIZE,
+    model_directory,
+    own_pool,
+    whole_blocks,
+)
 from hashevict_vllm.config import kv_policy
-
-BLOCK_SIZE = 128
-"""Tokens of a KV block: vLLM's default on CPUs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,12 +70,8 @@ def make_engine(policy: str | None, options: argparse.Namespace) -> Any:
     """An engine with room for all requests; None is stock."""
     from vllm import LLM
 
-    # Beats kv_cache_memory_bytes (vllm/platforms/cpu.py).
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     model = model_directory(options.model)
-    longest = (
-        -(-(options.prompt + options.output_tokens + 1) // BLOCK_SIZE) * BLOCK_SIZE
-    )
+    longest = whole_blocks(options.prompt + options.output_tokens + 1)
     room = 1.2 * (options.requests + 1) * (longest + BLOCK_SIZE)
     return LLM(
         str(model),
@@ -84,7 +81,7 @@ def make_engine(policy: str | None, options: argparse.Namespace) -> Any:
         block_size=BLOCK_SIZE,
         max_model_len=longest,
         max_num_seqs=options.requests,
-        kv_cache_memory_bytes=int(room * kv_bytes_per_token(model)),
+        kv_cache_memory_bytes=own_pool(model, room),
         additional_config=kv_policy(policy, budget=options.budget) if policy else {},
     ).llm_engine
 

@@ -106,6 +106,7 @@ class LayerPages:
         """
         num_blocks, heads, block_size, content = kv_cache.shape
         size = kv_cache.element_size()
+        self._num_blocks = num_blocks
         self.geometry = geometry = PageGeometry(
             num_kv_heads=heads,
             block_size=block_size,
@@ -147,4 +148,15 @@ class LayerPages:
                 projected_bits,
             ],
             np.int64,
+        )
+
+    @property
+    def slot_words(self) -> np.ndarray:
+        """What slots keep, int32 [B, H, W + 1, N], a view; positions are last."""
+        g, item = self.geometry, WORD_BYTES
+        head = g.block_size * item
+        return np.lib.stride_tricks.as_strided(
+            self.tail[g.kv_bytes // item :],
+            (self._num_blocks, g.num_kv_heads, g.words + 1, g.block_size),
+            (g.block_stride, head, g.num_kv_heads * head, item),
         )

@@ -9,27 +9,15 @@ import torch
 
 from hashevict_vllm.attention.constants import rule_array, vote_strengths
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
-from hashevict_vllm.cache.page import WORD_BYTES, LayerPages, tail_bytes
-from hashevict_vllm.config import ResolvedKVPolicy
+from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels import cpu
 from hashevict_vllm.kernels.cpu_tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 POISON = 0x5A
-
-
-def tail_view(pages: LayerPages) -> np.ndarray:
-    """The metadata as int32 [B, H, W + 1, N]; row W holds the positions."""
-    g, item = pages.geometry, WORD_BYTES
-    rows, row = g.words + 1, g.num_kv_heads * g.block_size * item
-    blocks = (len(pages.tail) * item - g.page_bytes) // g.block_stride + 1
-    return np.lib.stride_tricks.as_strided(
-        pages.tail[g.kv_bytes // item :],
-        (blocks, g.num_kv_heads, rows, g.block_size),
-        (g.block_stride, row // g.num_kv_heads, row, item),
-    )
 
 
 class PagedLayer:
@@ -145,7 +133,7 @@ class PagedLayer:
         blocks, offsets = self.block_table[request][slots // self.block_size], slots
         offsets = offsets % self.block_size
         words = self.words
-        meta = tail_view(self.pages)[blocks, :, :, offsets]  # [n, H, W + 1]
+        meta = self.pages.slot_words[blocks, :, :, offsets]  # [n, H, W + 1]
         cells = self.kv_cache.flatten(2).view(len(self.kv_cache), self.heads, -1)
         position = torch.from_numpy(meta[:, :, words].copy()).T
         order = position.argsort(dim=1)
