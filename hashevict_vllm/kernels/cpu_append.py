@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from hashevict_vllm.kernels.codes import VOTE
 from hashevict_vllm.kernels.cpu_frame import (
@@ -16,9 +15,10 @@ from hashevict_vllm.kernels.cpu_frame import (
 from hashevict_vllm.kernels.cpu_scores import describe_key
 from hashevict_vllm.kernels.cpu_slots import copy_in, write_words
 from hashevict_vllm.kernels.cpu_tokens import load_new_key
+from hashevict_vllm.kernels.jit import inlined
 
 
-@njit
+@inlined
 def append_tokens(
     pages,
     rule,

@@ -38,6 +38,7 @@ from hashevict_vllm.kernels.cpu_slots import (
 )
 from hashevict_vllm.kernels.cpu_tokens import load_new_key
 from hashevict_vllm.kernels.cpu_votes import cast_votes
+from hashevict_vllm.kernels.jit import inlined
 
 BLOCKS_AHEAD = 4
 """Blocks whose metadata are asked for before a scan; then one by one, as it goes on."""
@@ -109,7 +110,7 @@ def rows_read(pages, rule, votes):
     return np.int64(0), words
 
 
-@njit
+@inlined
 def look_ahead(pages, rule, token, head):
     """Ask for what one head's description and the beginning of its scan read."""
     end = min(BLOCKS_AHEAD * pages.block_size, token.num_slots)
@@ -120,7 +121,7 @@ def look_ahead(pages, rule, token, head):
         prefetch_lines(pages, token.blocks, 0, head, pages.k_map)
 
 
-@njit
+@inlined
 def describe_new(pages, rule, tokens, token, head, lanes, scratch, chosen):
     """Describe an evicting token's key, and what slots are to be compared with.
 
@@ -146,7 +147,7 @@ def describe_new(pages, rule, tokens, token, head, lanes, scratch, chosen):
         merge(words, chosen.merged[head])
 
 
-@njit
+@inlined
 def choose_victims(pages, rule, tokens, token, low, high, scratch, chosen):
     """Choose victims in heads [low, high) and write what slots keep of the token."""
     block_size, blocks, t = pages.block_size, token.blocks, token.t
@@ -180,7 +181,7 @@ def choose_victims(pages, rule, tokens, token, low, high, scratch, chosen):
         write_words(pages, blocks, slot, head, chosen.words[head, 0], t)
 
 
-@njit
+@inlined
 def overwrite(pages, tokens, token, victims, low, high):
     """Write K and V of a token over its victims in heads [low, high)."""
     for head in range(low, high):

@@ -164,13 +164,11 @@ def _take_rest(x, centre, one, other, first, second):
 @njit
 def _pack(first, second, length):
     """`Described.words` of float64 coordinates and length, 0 <= length."""
-    largest = np.empty(1, np.float32)
-    largest[0] = max(abs(first), abs(second), length)
-    exponent = (largest.view(np.int32)[0] >> 23) - 6
+    largest = np.float32(max(abs(first), abs(second), length))
+    exponent = (largest.view(np.int32) >> 23) - 6
     if exponent <= 0:
         return np.int32(0)
-    largest.view(np.int32)[0] = exponent << 23
-    share = 1.0 / np.float64(largest[0])
+    share = 1.0 / np.float64(np.int32(exponent << 23).view(np.float32))
     a = min(max(np.floor(first * share + 0.5), -127.0), 127.0)
     b = min(max(np.floor(second * share + 0.5), -127.0), 127.0)
     c = np.int64(np.floor(length * share + 0.5))

@@ -42,7 +42,7 @@ def square_of(x):
     return square
 
 
-@njit
+@inlined
 def describe_key(x, rule, dots, words):
     """What a slot keeps of its key x [D] for later scores, into ``words`` [W].
 
@@ -54,7 +54,7 @@ def describe_key(x, rule, dots, words):
         words.view(np.float32)[0] = square_of(x)  # its bits order as the float does
 
 
-@njit
+@inlined
 def merge_queries(pages, rule, tokens, row, head, scratch, merged):
     """Sign the G query heads of a KV head and merge their signatures.
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16
 from hashevict_vllm.kernels.cpu_borrow import prefetch
@@ -18,7 +17,7 @@ FP16_REBIAS = np.float32(2.0**112)
 
 @inlined
 def load(raw, kind, out):
-    """Read one row of D raw elements as float32 into ``out`` [D]."""
+    """Read a row of D raw elements as float32 into ``out`` [D], which they may be."""
     bits = out.view(np.uint32)
     if kind == BFLOAT16:
         for d in range(len(raw)):
@@ -57,7 +56,7 @@ def row_size(pages):
     return pages.heads * pages.block_size
 
 
-@njit
+@inlined
 def prefetch_rows(pages, blocks, first, end, head, first_row, last_row):
     """Ask for rows [first_row, last_row) of the tail, where slots [first, end) lie.
 
@@ -84,13 +83,13 @@ def load_key(pages, blocks, slot, head, out):
     start = elements_of(pages, blocks, slot, head)
     page = pages.elements[start : start + pages.block_size * pages.dim * 2]
     at = pages.k_map[slot % pages.block_size]
-    raw = np.empty(len(out), pages.elements.dtype)
+    bits = out.view(np.uint32)
     for d in range(len(out)):
-        raw[d] = page[at[d]]
-    load(raw, pages.kind, out)
+        bits[d] = page[at[d]]
+    load(bits, pages.kind, out)
 
 
-@njit
+@inlined
 def prefetch_lines(pages, blocks, slot, head, slot_map):
     """Ask for the lines of a slot's K or V; ``slot_map`` int32 [N, D] says which."""
     start = elements_of(pages, blocks, slot, head)
@@ -103,14 +102,14 @@ def prefetch_lines(pages, blocks, slot, head, slot_map):
             last = place // 32
 
 
-@njit
+@inlined
 def prefetch_slot(pages, blocks, slot, head):
     """Ask for the lines of a slot's K and V."""
     prefetch_lines(pages, blocks, slot, head, pages.k_map)
     prefetch_lines(pages, blocks, slot, head, pages.v_map)
 
 
-@njit
+@inlined
 def copy_in(pages, tokens, row, blocks, slot, head):
     """Write K and V of a token (`hashevict_vllm.kernels.cpu_tokens`) to a slot."""
     start, dim = elements_of(pages, blocks, slot, head), pages.dim
@@ -126,7 +125,7 @@ def copy_in(pages, tokens, row, blocks, slot, head):
         page[value_at[d]] = value[d]
 
 
-@njit
+@inlined
 def write_words(pages, blocks, slot, head, words, position):
     """Write what a slot keeps of its key, int32 [W], and its position."""
     size, at = row_size(pages), word_of(pages, blocks, slot, head)

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from hashevict_vllm.kernels.cpu_slots import load
+from hashevict_vllm.kernels.jit import inlined
 
 
 class Tokens(NamedTuple):
@@ -103,14 +104,14 @@ def tokens_at(places, elements):
     )
 
 
-@njit
+@inlined
 def load_new_key(pages, tokens, row, head, x):
     """A token's key as float32, into ``x`` [D]."""
     at = row * tokens.k_stride + head * pages.dim
     load(tokens.k[at : at + pages.dim], pages.kind, x)
 
 
-@njit
+@inlined
 def load_queries(pages, tokens, row, head, x):
     """The G query rows of a KV head as float32, into ``x`` [G * D]."""
     size = tokens.group * pages.dim

@@ -30,6 +30,7 @@ from hashevict_vllm.kernels.cpu_evict import (
 from hashevict_vllm.kernels.cpu_frame import adjacent_keys
 from hashevict_vllm.kernels.cpu_layer import new_scratch
 from hashevict_vllm.kernels.cpu_slots import copy_in, prefetch_slot
+from hashevict_vllm.kernels.jit import inlined
 
 
 class Writes(NamedTuple):
@@ -55,7 +56,7 @@ class Writes(NamedTuple):
     block_table: np.ndarray
 
 
-@njit
+@inlined
 def _evicting(writes, n):
     """Token ``n`` of a step as `Evicting`."""
     return Evicting(
