@@ -20,10 +20,16 @@ from hashevict_vllm.bench.decode_layer import resolve
 from hashevict_vllm.bench.layer import Attention, BudgetedLayer, Shape
 from hashevict_vllm.bench.results import Results, show_progress
 from hashevict_vllm.kernels.cpu_borrow import borrowed
-from hashevict_vllm.kernels.cpu_evict import new_chosen
+from hashevict_vllm.kernels.cpu_evict import lent_chosen, new_chosen
 from hashevict_vllm.kernels.cpu_frame import adjacent_keys, describe_in, frame_of
 from hashevict_vllm.kernels.cpu_hash import hash_row
-from hashevict_vllm.kernels.cpu_layer import new_scratch, pages_of, rule_of
+from hashevict_vllm.kernels.cpu_layer import (
+    hold,
+    lent_scratch,
+    new_scratch,
+    pages_of,
+    rule_of,
+)
 from hashevict_vllm.kernels.cpu_scan import best_slot, reset_best
 from hashevict_vllm.kernels.cpu_scores import merge_queries, scan_block
 from hashevict_vllm.kernels.cpu_slots import copy_in
@@ -113,8 +119,9 @@ def _write(where, numbers, places, table, slots):
 def _hash(where, numbers, places, table, queries):
     pages, rule = pages_of(*where), rule_of(*numbers)
     tokens = tokens_at(places, where[0])
-    scratch = new_scratch(pages, rule, tokens)
-    chosen = new_chosen(pages, scratch)
+    own_scratch = new_scratch(pages, rule, tokens)
+    own_chosen = new_chosen(pages, own_scratch)
+    scratch, chosen = lent_scratch(own_scratch), lent_chosen(own_chosen)
     words = np.empty((rule.bits + 31) // 32, np.int32)
     for row in range(len(table)):
         for head in range(pages.heads):
@@ -123,6 +130,7 @@ def _hash(where, numbers, places, table, queries):
             if queries:
                 merged = chosen.merged[head]
                 merge_queries(pages, rule, tokens, row, head, scratch, merged)
+    hold(own_scratch, own_chosen)
 
 
 @njit(nogil=True)

@@ -15,6 +15,7 @@ from hashevict_vllm.kernels.codes import (
     RECENCY,
     VOTE,
 )
+from hashevict_vllm.kernels.cpu_borrow import borrowed
 from hashevict_vllm.kernels.cpu_frame import (
     describe_in,
     describe_slots,
@@ -93,6 +94,18 @@ def new_chosen(pages, scratch):
         np.zeros((heads, shape[0], shape[1]), np.int32),
         np.empty((heads, BEST_SIZE), np.int32),
         np.zeros(heads, np.int64),
+    )
+
+
+@njit
+def lent_chosen(own):
+    """The same arrays, borrowed, as `lent_scratch`."""
+    return Chosen(
+        borrowed(own.frames),
+        borrowed(own.words),
+        borrowed(own.merged),
+        borrowed(own.best),
+        borrowed(own.victims),
     )
 
 

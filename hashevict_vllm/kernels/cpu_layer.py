@@ -118,6 +118,28 @@ def new_scratch(pages, rule, tokens):
 
 
 @njit
+def lent_scratch(own):
+    """The same arrays, borrowed, as numba counts a reference at every use of its own.
+
+    The owner must be held (`hold`) until the last use.
+    """
+    return Scratch(
+        borrowed(own.x),
+        borrowed(own.dots),
+        borrowed(own.sources),
+        borrowed(own.key),
+        borrowed(own.key_dots),
+        borrowed(own.words),
+        borrowed(own.scores),
+    )
+
+
+@njit
+def hold(scratch, chosen):
+    """Keep owners of borrowed arrays alive until here."""
+
+
+@njit
 def pages_of(elements, tail, k_map, v_map, geometry):
     """`Pages` of what `hashevict_vllm.kernels.cpu.write_tokens` takes, borrowed."""
     return Pages(

@@ -23,12 +23,13 @@ from hashevict_vllm.kernels.cpu_evict import (
     Evicting,
     choose_victims,
     describe_new,
+    lent_chosen,
     look_ahead,
     new_chosen,
     overwrite,
 )
 from hashevict_vllm.kernels.cpu_frame import adjacent_keys
-from hashevict_vllm.kernels.cpu_layer import new_scratch
+from hashevict_vllm.kernels.cpu_layer import hold, lent_scratch, new_scratch
 from hashevict_vllm.kernels.cpu_slots import copy_in, prefetch_slot
 from hashevict_vllm.kernels.jit import inlined
 
@@ -75,8 +76,9 @@ def write_items(pages, rule, tokens, writes, first, last):
     if len(rows) == 0:
         return
     heads = pages.heads
-    scratch = new_scratch(pages, rule, tokens)
-    chosen = new_chosen(pages, scratch)
+    own_scratch = new_scratch(pages, rule, tokens)
+    own_chosen = new_chosen(pages, own_scratch)
+    scratch, chosen = lent_scratch(own_scratch), lent_chosen(own_chosen)
     lanes = adjacent_keys(pages.k_map, rule.sinks if rule.score == VOTE else 0)
     # The request whose victims are chosen, but not overwritten yet, and its heads.
     before, waiting, waiting_to = _evicting(writes, 0), np.int64(0), np.int64(0)
@@ -119,3 +121,4 @@ def write_items(pages, rule, tokens, writes, first, last):
         choose_victims(pages, rule, tokens, token, low, high, scratch, chosen)
         before, waiting, waiting_to = token, np.int64(low), np.int64(high)
     overwrite(pages, tokens, before, chosen.victims, waiting, waiting_to)
+    hold(own_scratch, own_chosen)
