@@ -15,7 +15,7 @@ from hashevict_vllm.downloads import cache_dir
 logger = logging.getLogger("vllm.hashevict_vllm.kernels")
 
 inlined = njit(inline="always")
-"""For parts of kernels."""
+"""For parts of hot paths: a call that passes tuples of arrays costs 30 to 60 ns."""
 
 
 def _sources_digest() -> str:
