@@ -5,8 +5,8 @@ from __future__ import annotations
 
 def register() -> None:
     """Apply the run-time patches, name our backend; safe to call more than once."""
-    from .attention import xformers_support
+    from .attention.xformers import support
     from .vllm_patches import apply_all
 
     apply_all()
-    xformers_support.register()
+    support.register()

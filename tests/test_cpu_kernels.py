@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support.oracle import resolve
 from support.paged import POISON, PagedLayer
 
-from hashevict_vllm.kernels import cpu_hash
-from hashevict_vllm.kernels.cpu_frame import AT_ONCE
+from hashevict_vllm.kernels.cpu import hash as cpu_hash
+from hashevict_vllm.kernels.cpu.frame import AT_ONCE
 from hashevict_vllm.kernels.projection import make_projection, num_words
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
 from hashevict_vllm.policies.frame import KeyFrame

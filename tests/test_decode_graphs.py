@@ -9,7 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from hashevict_vllm import compat_device, plugin
+from hashevict_vllm import plugin
+from hashevict_vllm.compat import device as compat_device
 from hashevict_vllm.config import KVPolicyConfig
 
 plugin.register()
@@ -28,7 +29,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2  # noqa: 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1  # noqa: E402
 
 from hashevict_vllm.attention.backend import wrap_backend  # noqa: E402
-from hashevict_vllm.attention.gpu_metadata import (  # noqa: E402
+from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
 )
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from hashevict_vllm import compat_device, plugin
+from hashevict_vllm import plugin
+from hashevict_vllm.compat import device as compat_device
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
@@ -37,9 +38,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 from hashevict_vllm.attention.backend import wrap_backend  # noqa: E402
-from hashevict_vllm.attention.gpu_constants import DeviceConstants  # noqa: E402
-from hashevict_vllm.attention.gpu_forward import DeviceImplMixin  # noqa: E402
-from hashevict_vllm.attention.gpu_metadata import (  # noqa: E402
+from hashevict_vllm.attention.gpu.constants import DeviceConstants  # noqa: E402
+from hashevict_vllm.attention.gpu.forward import DeviceImplMixin  # noqa: E402
+from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
 )
 from hashevict_vllm.attention.inner import InnerBackend  # noqa: E402

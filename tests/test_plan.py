@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.oracle import resolve
 
-from hashevict_vllm.attention.decode import decode_arrays
-from hashevict_vllm.attention.metadata import _round_arrays
+from hashevict_vllm.attention.cpu.decode import decode_arrays
+from hashevict_vllm.attention.cpu.metadata import _round_arrays
 from hashevict_vllm.attention.plan import Piece, cut_chunk, occupied_slots
 
 policies = st.builds(

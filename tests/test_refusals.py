@@ -1,4 +1,4 @@
-"""Every rule of `compat.RULES`, read as the sentence that a user sees.
+"""Every rule of `rules.RULES`, read as the sentence that a user sees.
 
 Configurations are real ones, made by ``EngineArgs.create_engine_config`` from a
 directory with a ``config.json`` alone. Not so, for want of the real thing on a CPU: the
@@ -11,7 +11,8 @@ import json
 
 import pytest
 
-from hashevict_vllm import compat, plugin
+from hashevict_vllm import plugin
+from hashevict_vllm.compat import rules
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
@@ -209,7 +210,7 @@ def refusal(model, **kwargs):
 
 def refusal_of(config):
     with pytest.raises(KVPolicyError) as caught:
-        compat.check(config)
+        rules.check(config)
     return str(caught.value)
 
 
@@ -218,7 +219,7 @@ def test_every_rule_has_a_case():
     cases |= {"context_parallel", "hybrid_manager_off", "diffusion"}
     # tests/test_device.py
     cases |= {"platform", "inner_backend", "microbatches", "device_kernels"}
-    assert {rule.__name__ for rule in compat.RULES} == cases
+    assert {rule.__name__ for rule in rules.RULES} == cases
 
 
 @pytest.mark.parametrize("rule", MODELS)
@@ -307,7 +308,7 @@ def test_an_unknown_vllm_version_is_refused(llama, monkeypatch):
     [("0.32.0", True), ("0.33.1rc1", True), ("0.32.0+cpu", True), ("0.3.2", False)],
 )
 def test_versions_are_compared_by_minor_release(version, supported):
-    assert compat.is_supported_vllm(version) is supported
+    assert rules.is_supported_vllm(version) is supported
 
 
 def test_a_segment_across_blocks_is_refused(llama):
@@ -317,7 +318,7 @@ def test_a_segment_across_blocks_is_refused(llama):
 
 def test_a_hybrid_model_with_full_attention_layers_is_accepted(tmp_path):
     config = engine_args(write_model(tmp_path / "g", GEMMA3)).create_engine_config()
-    assert compat.policy_of(config.additional_config).budget == 512
+    assert rules.policy_of(config.additional_config).budget == 512
 
 
 def test_tensor_and_pipeline_parallelism_are_accepted(llama):
@@ -327,7 +328,7 @@ def test_tensor_and_pipeline_parallelism_are_accepted(llama):
 
 def test_prefix_caching_is_switched_off_with_one_log_line(llama, monkeypatch):
     lines = []
-    monkeypatch.setattr(compat.logger, "info", lines.append)
+    monkeypatch.setattr(rules.logger, "info", lines.append)
     config = engine_args(llama, cls=AsyncEngineArgs).create_engine_config()
     assert config.cache_config.enable_prefix_caching is False
     assert lines == ["Prefix caching is off: a KV policy bounds the KV cache."]
@@ -335,7 +336,7 @@ def test_prefix_caching_is_switched_off_with_one_log_line(llama, monkeypatch):
 
 @pytest.mark.parametrize("policy", [{}, {"kv_policy": {"name": "full"}}])
 def test_without_a_policy_nothing_is_checked_or_changed(policy, llama, monkeypatch):
-    monkeypatch.setattr(compat, "RULES", (lambda config, policy: "must not run.",))
+    monkeypatch.setattr(rules, "RULES", (lambda config, policy: "must not run.",))
     args = engine_args(llama, policy=policy, enable_lora=True)
     config = args.create_engine_config()
     assert config.cache_config.enable_prefix_caching is True
@@ -343,4 +344,4 @@ def test_without_a_policy_nothing_is_checked_or_changed(policy, llama, monkeypat
 
 
 def test_a_policy_off_is_the_default_of_additional_config():
-    assert compat.policy_of({}) == compat.policy_of(object()) == KVPolicyConfig()
+    assert rules.policy_of({}) == rules.policy_of(object()) == KVPolicyConfig()

@@ -36,7 +36,7 @@ def test_what_we_import_is_there(fact: Fact) -> None:
 def test_the_installed_vllm_is_a_supported_one_and_has_diffs() -> None:
     import vllm
 
-    from hashevict_vllm.compat import is_supported_vllm
+    from hashevict_vllm.compat.rules import is_supported_vllm
 
     assert is_supported_vllm(vllm.__version__)
     assert (PATCHES / f"vllm-{VLLM.version}").is_dir()

@@ -18,7 +18,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from xformers.ops.fmha import attn_bias, cutlass, flash, flash3
 from xformers.ops.fmha.common import Inputs
 
-from hashevict_vllm.attention import xformers_attend, xformers_calls
+from hashevict_vllm.attention.xformers import attend as xformers_attend
+from hashevict_vllm.attention.xformers import calls as xformers_calls
 from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.policies.reference import ReferenceLayer
 

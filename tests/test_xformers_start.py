@@ -16,7 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
-from hashevict_vllm import compat_device, plugin
+from hashevict_vllm import plugin
+from hashevict_vllm.compat import device as compat_device
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
@@ -31,10 +32,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 from xformers.ops.fmha import common, flash  # noqa: E402
 
-from hashevict_vllm.attention import xformers_support as support  # noqa: E402
 from hashevict_vllm.attention.backend import wrap_backend  # noqa: E402
-from hashevict_vllm.attention.xformers_backend import XformersBackend  # noqa: E402
-from hashevict_vllm.attention.xformers_impl import XformersImpl  # noqa: E402
+from hashevict_vllm.attention.xformers import support  # noqa: E402
+from hashevict_vllm.attention.xformers.backend import XformersBackend  # noqa: E402
+from hashevict_vllm.attention.xformers.impl import XformersImpl  # noqa: E402
 
 POLICY = KVPolicyConfig.from_dict(
     {"name": "hashevict", "budget": 64, "segment": 32, "recent": 16}

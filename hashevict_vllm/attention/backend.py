@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from hashevict_vllm import compat_device
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.compat import device
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def wrap_backend(
             no kernel there.
 
     """
-    on_cpu = compat_device.on_cpu()
+    on_cpu = device.on_cpu()
     parts = _cpu_parts() if on_cpu else _device_parts(inner, policy)
     impl = type(
         f"Budgeted{inner.get_impl_cls().__name__}",
@@ -92,8 +92,8 @@ class _Parts(NamedTuple):
 
 def _cpu_parts() -> _Parts:
     """With numba's kernels."""
-    from hashevict_vllm.attention.forward import BudgetedImplMixin
-    from hashevict_vllm.attention.metadata import BudgetedMetadataBuilderMixin
+    from hashevict_vllm.attention.cpu.forward import BudgetedImplMixin
+    from hashevict_vllm.attention.cpu.metadata import BudgetedMetadataBuilderMixin
 
     return _Parts(BudgetedImplMixin, BudgetedMetadataBuilderMixin, {}, {})
 
@@ -102,9 +102,9 @@ def _device_parts(inner: type[AttentionBackend], policy: ResolvedKVPolicy) -> _P
     """With Triton's kernels, if ``inner`` and the policy's rule are served by them."""
     from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 
-    from hashevict_vllm.attention.gpu_forward import DeviceImplMixin
-    from hashevict_vllm.attention.gpu_metadata import DeviceMetadataBuilderMixin
-    from hashevict_vllm.attention.gpu_rule import device_rule
+    from hashevict_vllm.attention.gpu.forward import DeviceImplMixin
+    from hashevict_vllm.attention.gpu.metadata import DeviceMetadataBuilderMixin
+    from hashevict_vllm.attention.gpu.rule import device_rule
     from hashevict_vllm.attention.inner import inner_backend
 
     needs = inner_backend(inner.get_name())

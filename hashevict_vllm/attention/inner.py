@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hashevict_vllm.attention.xformers_support import BACKEND_PATH, CUSTOM, registered
+from hashevict_vllm.attention.xformers.support import BACKEND_PATH, CUSTOM, registered
 from hashevict_vllm.config import KVPolicyError
 
 
@@ -34,7 +34,7 @@ INNER_BACKENDS = {
     "TRITON_ATTN": InnerBackend(takes_fp8_queries=True),
     # Quantises queries itself where its kernel wants that (maybe_quant_query).
     "FLASHINFER": InnerBackend(plans_on_host=True),
-    # Ours, on xformers (xformers_backend.py); its metadata are new at every build.
+    # Ours, on xformers (xformers/backend.py); its metadata are new at every build.
     CUSTOM: InnerBackend(),
 }
 """By the name in vLLM's ``AttentionBackendEnum``."""

@@ -19,22 +19,22 @@ from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.decode_layer import resolve
 from hashevict_vllm.bench.layer import Attention, BudgetedLayer, Shape
 from hashevict_vllm.bench.results import Results, show_progress
-from hashevict_vllm.kernels.cpu_borrow import borrowed
-from hashevict_vllm.kernels.cpu_evict import lent_chosen, new_chosen
-from hashevict_vllm.kernels.cpu_frame import adjacent_keys, describe_in, frame_of
-from hashevict_vllm.kernels.cpu_hash import hash_row
-from hashevict_vllm.kernels.cpu_layer import (
+from hashevict_vllm.kernels.cpu.borrow import borrowed
+from hashevict_vllm.kernels.cpu.evict import lent_chosen, new_chosen
+from hashevict_vllm.kernels.cpu.frame import adjacent_keys, describe_in, frame_of
+from hashevict_vllm.kernels.cpu.hash import hash_row
+from hashevict_vllm.kernels.cpu.layer import (
     hold,
     lent_scratch,
     new_scratch,
     pages_of,
     rule_of,
 )
-from hashevict_vllm.kernels.cpu_scan import best_slot, reset_best
-from hashevict_vllm.kernels.cpu_scores import merge_queries, scan_block
-from hashevict_vllm.kernels.cpu_slots import copy_in
-from hashevict_vllm.kernels.cpu_tokens import addresses, load_new_key, tokens_at
-from hashevict_vllm.kernels.cpu_votes import cast_votes
+from hashevict_vllm.kernels.cpu.scan import best_slot, reset_best
+from hashevict_vllm.kernels.cpu.scores import merge_queries, scan_block
+from hashevict_vllm.kernels.cpu.slots import copy_in
+from hashevict_vllm.kernels.cpu.tokens import addresses, load_new_key, tokens_at
+from hashevict_vllm.kernels.cpu.votes import cast_votes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hashevict_vllm.attention.constants import rule_array, vote_strengths
-from hashevict_vllm.attention.metadata import _round_arrays
+from hashevict_vllm.attention.cpu.constants import rule_array, vote_strengths
+from hashevict_vllm.attention.cpu.metadata import _round_arrays
 from hashevict_vllm.attention.plan import Piece, cut_chunk
 from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
-from hashevict_vllm.kernels import cpu
-from hashevict_vllm.kernels.cpu_tokens import addresses
+from hashevict_vllm.kernels.cpu import launch
+from hashevict_vllm.kernels.cpu.team import find_team
+from hashevict_vllm.kernels.cpu.tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
-from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -224,7 +224,7 @@ class BudgetedLayer:
             vote_strengths(policy, shape.scale, shape.head_dim),
             find_team(),
         )
-        cpu.warm_up(np.dtype(f"u{shape.dtype.itemsize}"))
+        launch.warm_up(np.dtype(f"u{shape.dtype.itemsize}"))
 
     def fill_metadata(self, position: int) -> None:
         """Random signatures and statistics, and distinct positions below ``position``.
@@ -283,7 +283,7 @@ class BudgetedLayer:
     ) -> None:
         """Hash, evict, write: q [T, Hq, D], k and v [T, Hkv, D]."""
         arrays = step.arrays
-        cpu.write_tokens(
+        launch.write_tokens(
             self.pages.elements,
             self.pages.tail,
             addresses(q, k, v),
@@ -301,7 +301,7 @@ class BudgetedLayer:
     ) -> None:
         """Cut segments that are complete back to the budget."""
         if len(step.arrays["replay"]):
-            cpu.replay_segments(
+            launch.replay_segments(
                 self.pages.elements,
                 self.pages.tail,
                 addresses(q, k, v),

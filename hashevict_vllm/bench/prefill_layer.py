@@ -159,7 +159,7 @@ class _Stock(_Reader):
 
 
 class _Ours(_Reader):
-    """Budgeted layer: round by round, as `hashevict_vllm.attention.forward`."""
+    """Budgeted layer: round by round, as `hashevict_vllm.attention.cpu.forward`."""
 
     def __init__(
         self, policy: ResolvedKVPolicy, shape: Shape, length: int, chunk: int

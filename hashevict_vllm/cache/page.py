@@ -85,7 +85,7 @@ class LayerPages:
         elements: numpy unsigned integers of the K/V element size, 1-D, the layer's
             whole region; block b starts at ``b * block_stride / element_size``.
         tail: numpy int32, 1-D over the same bytes.
-        kernel_geometry: int64 [9], how `hashevict_vllm.kernels.cpu` addresses a slot:
+        kernel_geometry: int64 [9], how `kernels.cpu.launch` addresses a slot:
             H, N, D, W, element and word stride of a block, first tail word of a page,
             element kind, b.
 

@@ -45,7 +45,7 @@ def as_on_a_gpu(inner: str = "TRITON_ATTN") -> Iterator[None]:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from hashevict_vllm import compat_device
+    from hashevict_vllm.compat import device as compat_device
 
     path = AttentionBackendEnum[inner].get_path()
     selected = classmethod(lambda cls, *args, **kwargs: path)

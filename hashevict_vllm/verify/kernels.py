@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from hashevict_vllm.attention import xformers_support
+from hashevict_vllm.attention.xformers import support as xformers_support
 from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.policies.reference import ReferenceLayer
 from hashevict_vllm.verify.checks import UNCHECKED, Check, compared

@@ -15,8 +15,8 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from hashevict_vllm.attention.gpu_forward import DeviceImplMixin
-from hashevict_vllm.attention.gpu_metadata import DeviceMetadataBuilderMixin
+from hashevict_vllm.attention.gpu.forward import DeviceImplMixin
+from hashevict_vllm.attention.gpu.metadata import DeviceMetadataBuilderMixin
 from hashevict_vllm.attention.plan import occupied_slots
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 from hashevict_vllm.resolved import ResolvedKVPolicy

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hashevict_vllm.attention.xformers_support import CUSTOM, unsupported
+from hashevict_vllm.attention.xformers.support import CUSTOM, unsupported
 from hashevict_vllm.config import KVPolicyConfig, kv_policy
 from hashevict_vllm.verify.checks import UNCHECKED, Check, compared
 from hashevict_vllm.verify.model import make_llama, random_prompt

@@ -19,7 +19,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .. import cli, compat
+from .. import cli
+from ..compat import rules
 from ..config import ADDITIONAL_CONFIG_KEY, KVPolicyError
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ class PolicyExtension:
 
     def before_engine_config(self, engine_args: EngineArgs) -> None:
         """Change the defaults that a policy cannot live with."""
-        if compat.policy_of(engine_args.additional_config).enabled:
-            compat.default_prefix_caching_off(engine_args)
+        if rules.policy_of(engine_args.additional_config).enabled:
+            rules.default_prefix_caching_off(engine_args)
 
     def check_engine_config(self, vllm_config: VllmConfig) -> None:
         """Refuse what the policy cannot serve."""
-        compat.check(vllm_config)
+        rules.check(vllm_config)
 
 
 def in_vllm() -> bool:

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.model_runner import (  # noqa: E402
 )
 
 from hashevict_vllm import plugin  # noqa: E402
-from hashevict_vllm.attention.gpu_metadata import (  # noqa: E402
+from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
 )
 

@@ -12,7 +12,7 @@ from support.host import forbidden_on_host
 from support.oracle import resolve
 from support.paged_triton import SCALE, TritonLayer
 
-from hashevict_vllm.attention.gpu_rule import device_rule
+from hashevict_vllm.attention.gpu.rule import device_rule
 from hashevict_vllm.attention.plan import Piece, cut_chunk
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection

@@ -21,8 +21,9 @@ from xformers.ops.fmha import attn_bias as biases  # noqa: E402
 from xformers.ops.fmha import triton_splitk  # noqa: E402
 from xformers.ops.fmha.common import Inputs  # noqa: E402
 
-from hashevict_vllm.attention import xformers_calls, xformers_support  # noqa: E402
-from hashevict_vllm.attention.xformers_backend import XformersBackend  # noqa: E402
+from hashevict_vllm.attention.xformers import calls as xformers_calls  # noqa: E402
+from hashevict_vllm.attention.xformers import support as xformers_support  # noqa: E402
+from hashevict_vllm.attention.xformers.backend import XformersBackend  # noqa: E402
 from hashevict_vllm.verify import kernels  # noqa: E402
 from hashevict_vllm.verify.checks import PASSED  # noqa: E402
 

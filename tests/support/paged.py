@@ -7,13 +7,13 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from hashevict_vllm.attention.constants import rule_array, vote_strengths
+from hashevict_vllm.attention.cpu.constants import rule_array, vote_strengths
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
-from hashevict_vllm.kernels import cpu
-from hashevict_vllm.kernels.cpu_tokens import addresses
+from hashevict_vllm.kernels.cpu import launch
+from hashevict_vllm.kernels.cpu.team import find_team
+from hashevict_vllm.kernels.cpu.tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
-from hashevict_vllm.kernels.team import find_team
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -86,7 +86,7 @@ class PagedLayer:
             self._round([piece for piece in together if piece is not None], q, k, v)
 
     def _round(self, pieces, q, k, v) -> None:  # type: ignore[no-untyped-def]
-        from hashevict_vllm.attention.metadata import _round_arrays
+        from hashevict_vllm.attention.cpu.metadata import _round_arrays
 
         arrays = _round_arrays(pieces, self.policy.budget)
         common = (
@@ -103,7 +103,7 @@ class PagedLayer:
         joined = torch.cat([q, k, v], dim=1)
         sizes = [x.shape[1] for x in (q, k, v)]
         places = addresses(*joined.split(sizes, dim=1))
-        cpu.write_tokens(
+        launch.write_tokens(
             self.pages.elements,
             self.pages.tail,
             places,
@@ -115,7 +115,7 @@ class PagedLayer:
             arrays["requests"],
             *common,
         )
-        cpu.replay_segments(
+        launch.replay_segments(
             self.pages.elements,
             self.pages.tail,
             places,

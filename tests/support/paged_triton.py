@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hashevict_vllm.attention.gpu_rule import device_rule, vote_factor
+from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from hashevict_vllm import compat
+from hashevict_vllm.compat import rules
 from hashevict_vllm.config import KVPolicyError
 
 
@@ -18,10 +18,10 @@ def platform(name: str) -> Any:
 
 
 def refusal(config: Any, device: str = "cuda") -> str | None:
-    """The sentence of `compat.check` on a platform, None if it starts."""
+    """The sentence of `rules.check` on a platform, None if it starts."""
     with mock.patch("vllm.platforms.current_platform", platform(device)):
         try:
-            compat.check(config)
+            rules.check(config)
         except KVPolicyError as error:
             text = str(error)
             assert text.endswith(".")

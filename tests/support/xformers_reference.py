@@ -12,7 +12,7 @@ import torch
 from xformers.ops.fmha import cutlass
 from xformers.ops.fmha.common import Inputs
 
-SEAM = "hashevict_vllm.attention.xformers_attend.memory_efficient_attention_forward"
+SEAM = "hashevict_vllm.attention.xformers.attend.memory_efficient_attention_forward"
 
 
 def attention(

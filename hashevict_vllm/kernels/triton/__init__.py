@@ -1,6 +1,6 @@
 """Triton kernels: the rules of `hashevict_vllm.policies` on a GPU.
 
-The semantics are those of `hashevict_vllm.kernels.cpu`; how work is cut differs. One
+The semantics are those of `kernels.cpu.launch`; how work is cut differs. One
 launch signs queries and keys (`sign`), one finds victims and writes (`write`); a
 prompt's segment is reduced by marking its losers (`mark`, `votes`) and moving survivors
 into the holes (`compact`). What a step does with each request is a small table on the

@@ -1,6 +1,6 @@
 """Scores of slots and the search for the victim (device functions).
 
-As in `hashevict_vllm.kernels.cpu_scores`: a score is an int32 of at least 0; the
+As in `hashevict_vllm.kernels.cpu.scores`: a score is an int32 of at least 0; the
 largest is evicted, ties go to the oldest position.
 """
 

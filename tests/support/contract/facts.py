@@ -41,12 +41,12 @@ ATTENTION = (
     ),
     Fact(
         f"{BACKEND}:AttentionMetadataBuilder",
-        "attention/metadata.py switches it off",
+        "attention/cpu/metadata.py switches it off",
         has=("supports_update_block_table",),
     ),
     Fact(
         f"{BACKEND}:CommonAttentionMetadata",
-        "attention/metadata.py reads and replaces them",
+        "attention/cpu/metadata.py reads and replaces them",
         has=(
             *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs"),
             *("num_actual_tokens", "max_query_len", "max_seq_len", "replace"),
@@ -56,22 +56,22 @@ ATTENTION = (
     ),
     Fact(
         f"{CPU_BACKEND}:CPUAttentionMetadataBuilder.__init__",
-        "attention/metadata.py passes these on",
+        "attention/cpu/metadata.py passes these on",
         takes=BUILDER_INIT,
     ),
     Fact(
         f"{CPU_BACKEND}:CPUAttentionMetadataBuilder.build",
-        "attention/metadata.py calls it once per round",
+        "attention/cpu/metadata.py calls it once per round",
         takes=BUILDER_BUILD,
     ),
     Fact(
         f"{CPU_BACKEND}:CPUAttentionBackendImpl",
-        "attention/forward.py and attention/constants.py read them",
+        "attention/cpu/forward.py and attention/cpu/constants.py read them",
         has=("scale", "kv_sharing_target_layer_name"),
     ),
     Fact(
         f"{CPU_BACKEND}:CPUAttentionBackendImpl.forward",
-        "attention/forward.py calls it over the live slots",
+        "attention/cpu/forward.py calls it over the live slots",
         takes=FORWARD,
     ),
     Fact(
@@ -95,7 +95,7 @@ ATTENTION = (
     ),
     Fact(
         f"{LAYER}:unified_attention_with_output",
-        "attention/forward.py gets the whole step's q, k and v in one call",
+        "attention/cpu/forward.py gets the whole step's q, k and v in one call",
         says=(
             "self.impl.forward(self, query, key, value, kv_cache, attn_metadata, "
             "output=output",
@@ -103,7 +103,7 @@ ATTENTION = (
     ),
     Fact(
         "vllm/config/compilation.py:CompilationConfig",
-        "attention/metadata.py finds a layer of its group there",
+        "attention/cpu/metadata.py finds a layer of its group there",
         has=("static_forward_context",),
     ),
 )
@@ -256,7 +256,7 @@ PATCHES = (
     ),
     Fact(
         f"{ARGS}:EngineArgs",
-        "cli.py and compat.py set them",
+        "cli.py and compat/rules.py set them",
         has=("additional_config", "enable_prefix_caching"),
     ),
     Fact(
@@ -271,7 +271,7 @@ PATCHES = (
     ),
     Fact(
         f"{ARGS}:EngineArgs._set_default_chunked_prefill_and_prefix_caching_args",
-        "compat.py decides on prefix caching while it is None",
+        "compat/rules.py decides on prefix caching while it is None",
         says=("self.enable_prefix_caching is None",),
     ),
     Fact(
@@ -304,7 +304,7 @@ PATCHES = (
 CONFIG = (
     Fact(
         "vllm/config/vllm.py:VllmConfig",
-        "compat.py reads them",
+        "compat/rules.py reads them",
         has=(
             *("model_config", "cache_config", "parallel_config", "scheduler_config"),
             *("compilation_config", "lora_config", "speculative_config"),
@@ -319,7 +319,7 @@ CONFIG = (
     ),
     Fact(
         "vllm/config/model.py:ModelConfig",
-        "compat.py reads them",
+        "compat/rules.py reads them",
         has=(
             *("runner_type", "is_encoder_decoder", "is_diffusion", "use_mla"),
             *("is_attention_free", "is_hybrid", "rswa_window", "is_mm_prefix_lm"),
@@ -329,7 +329,7 @@ CONFIG = (
     ),
     Fact(
         "vllm/config/cache.py:CacheConfig",
-        "compat.py reads them",
+        "compat/rules.py reads them",
         has=(
             *("block_size", "cache_dtype", "enable_prefix_caching", "sliding_window"),
             *("kv_sharing_fast_prefill", "kv_offloading_size"),
@@ -338,13 +338,13 @@ CONFIG = (
     ),
     Fact(
         "vllm/platforms/cpu.py:CpuPlatform.check_and_update_config",
-        "compat.block_size_of foresees this default",
+        "compat.device.block_size_of foresees this default",
         says=("not cache_config.user_specified_block_size", "block_size = 128"),
         only="0.32",
     ),
     Fact(
         "vllm/platforms/cpu.py:CpuPlatform.update_block_size_for_backend",
-        "compat.block_size_of foresees this default",
+        "compat.device.block_size_of foresees this default",
         says=(
             "not cache_config.user_specified_block_size",
             "cls._preferred_block_size_for_backends(backend_classes, 128, vllm_config)",
@@ -353,27 +353,27 @@ CONFIG = (
     ),
     Fact(
         "vllm/config/parallel.py:ParallelConfig",
-        "compat.py reads them",
+        "compat/rules.py reads them",
         has=("decode_context_parallel_size", "prefill_context_parallel_size"),
     ),
     Fact(
         "vllm/config/scheduler.py:SchedulerConfig",
-        "compat.py reads it",
+        "compat/rules.py reads it",
         has=("disable_hybrid_kv_cache_manager",),
     ),
     Fact(
         "vllm/config/kv_transfer.py:KVTransferConfig",
-        "compat.py reads it",
+        "compat/rules.py reads it",
         has=("kv_connector",),
     ),
     Fact(
         "vllm/config/kv_events.py:KVEventsConfig",
-        "compat.py reads it",
+        "compat/rules.py reads it",
         has=("enable_kv_cache_events",),
     ),
     Fact(
         "vllm/platforms/interface.py:Platform",
-        "compat.py reads them",
+        "compat/rules.py reads them",
         has=("is_cpu", "device_type"),
     ),
 )

@@ -237,17 +237,17 @@ RUNNER_V1_GRAPHS = (
 FP8 = (
     Fact(
         f"{LAYER}:Attention.__init__",
-        "attention/gpu_forward.py quantises queries in the layer's place",
+        "attention/gpu/forward.py quantises queries in the layer's place",
         says=("self.query_quant = None", "self.impl.supports_quant_query_input"),
     ),
     Fact(
         f"{LAYER}:Attention.process_weights_after_loading",
-        "attention/gpu_forward.py shows the inner implementation quantised queries",
+        "attention/gpu/forward.py shows the inner implementation quantised queries",
         says=("self.impl.process_weights_after_loading(act_dtype)",),
     ),
     Fact(
         "vllm/v1/attention/backends/flash_attn.py:FlashAttentionImpl.forward",
-        "attention/gpu_forward.py sets what it asks before it passes the scale on",
+        "attention/gpu/forward.py sets what it asks before it passes the scale on",
         says=("q_descale =", "if self.supports_quant_query_input else None"),
     ),
     Fact(

@@ -16,13 +16,13 @@ DEFAULTS = (
 XFORMERS_FACTS = (
     Fact(
         f"{REGISTRY}:AttentionBackendEnum",
-        "attention/xformers_support.py puts a backend in the place of CUSTOM",
+        "attention/xformers/support.py puts a backend in the place of CUSTOM",
         says=("CUSTOM = None",),
         has=("get_path", "get_class", "is_overridden"),
     ),
     Fact(
         f"{REGISTRY}:register_backend",
-        "attention/xformers_support.py calls it",
+        "attention/xformers/support.py calls it",
         takes=("backend", "class_path", "is_mamba"),
     ),
     Fact(
@@ -37,12 +37,12 @@ XFORMERS_FACTS = (
     ),
     Fact(
         "vllm/config/attention.py:AttentionConfig",
-        "compat_device.py reads which backend full-attention layers get",
+        "compat/device.py reads which backend full-attention layers get",
         has=("backend", "backend_per_kind"),
     ),
     Fact(
         f"{BACKEND}:AttentionBackend.supports_combination",
-        "attention/xformers_backend.py says there which GPUs xformers serves",
+        "attention/xformers/backend.py says there which GPUs xformers serves",
         takes=(
             *("cls", "head_size", "dtype", "kv_cache_dtype", "block_size", "use_mla"),
             *("has_sink", "use_sparse", "use_mm_prefix", "device_capability"),
@@ -50,7 +50,7 @@ XFORMERS_FACTS = (
     ),
     Fact(
         f"{BACKEND}:AttentionBackend.validate_configuration",
-        "reasons of attention/xformers_backend.py refuse a start",
+        "reasons of attention/xformers/backend.py refuse a start",
         says=(
             "cls.supports_device_cpu_query_lens_mismatch()",
             "combination_reason = cls.supports_combination(",
@@ -66,7 +66,7 @@ XFORMERS_FACTS = (
     *(
         Fact(
             f"{BACKEND}:AttentionBackend.{name}",
-            "attention/xformers_backend.py declines it by the default",
+            "attention/xformers/backend.py declines it by the default",
             takes=("cls",),
             says=("return False",),
         )
@@ -74,22 +74,22 @@ XFORMERS_FACTS = (
     ),
     Fact(
         f"{BACKEND}:AttentionBackend.supports_attn_type",
-        "attention/xformers_backend.py serves decoders only, by the default",
+        "attention/xformers/backend.py serves decoders only, by the default",
         says=("return attn_type == AttentionType.DECODER",),
     ),
     Fact(
         f"{BACKEND}:AttentionMetadataBuilder.get_cudagraph_support",
-        "attention/xformers_metadata.py stays out of graphs",
+        "attention/xformers/metadata.py stays out of graphs",
         says=("return cls._cudagraph_support",),
     ),
     Fact(
         f"{BACKEND}:CommonAttentionMetadata",
-        "attention/xformers_metadata.py makes biases from the host's lengths",
+        "attention/xformers/metadata.py makes biases from the host's lengths",
         has=("seq_lens_cpu_upper_bound", "query_start_loc_cpu"),
     ),
     Fact(
         f"{BACKEND}:AttentionImpl.__init__",
-        "attention/xformers_impl.py takes what layers pass",
+        "attention/xformers/impl.py takes what layers pass",
         takes=(
             *("self", "num_heads", "head_size", "scale", "num_kv_heads"),
             *("alibi_slopes", "sliding_window", "kv_cache_dtype", "logits_soft_cap"),

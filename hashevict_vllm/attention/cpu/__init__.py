@@ -1,0 +1,1 @@
+"""Mechanism on CPUs: numba's kernels around vLLM's CPU attention."""

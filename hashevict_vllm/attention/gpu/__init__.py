@@ -1,0 +1,1 @@
+"""Mechanism on NVIDIA GPUs: Triton kernels around a stock backend of vLLM."""

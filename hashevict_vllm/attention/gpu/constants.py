@@ -1,0 +1,134 @@
+"""Buffers and constants on the device, shared by all layers of a KV-cache group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
+from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton.rule import DeviceRule
+from hashevict_vllm.resolved import ResolvedKVPolicy
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+
+
+def _refuse_scales_per_head(layer: Any) -> None:
+    """An fp8 checkpoint may bring a scale per head; the kernels take one per layer."""
+    if not layer.impl.kv_cache_dtype.startswith("fp8"):
+        return
+    for name in ("_q_scale", "_k_scale", "_v_scale"):
+        if getattr(layer, name).numel() != 1:
+            raise KVPolicyError(
+                "--kv-cache-dtype: this checkpoint has a scale for every head, and a "
+                "KV policy writes slots with one per layer; use bfloat16."
+            )
+
+
+def most_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
+    """Most slots that any request ever has: a full budget, and a segment behind it."""
+    segment = policy.segment if policy.segment > 1 else 0
+    return min(policy.budget + segment, max(max_model_len, policy.budget))
+
+
+@dataclass(frozen=True)
+class DeviceConstants:
+    """Made once at start; the buffers keep their addresses, as captured graphs need.
+
+    Attributes:
+        rule: What the kernels are compiled for.
+        projection: float32 [D, b].
+        scale: Softmax scale.
+        factor: See `vote_factor`.
+        decay: Factor on earlier votes.
+        bound: Most slots of any request.
+        signatures: int32 [T, Hkv, G + 1, W], of the step; layers use it in turn.
+        squares: float32 [T, Hkv, G + 1], likewise.
+        slots: int32 [T, Hkv], where a round's tokens went, likewise.
+        pieces: int32 [R, columns], the plan of a decode step.
+        live: int32 [R], slots that it attends to.
+        done: int32 [R], see `ops.plan`.
+        token_piece: int32 [T], see `ops.plan`.
+        no_prompt: int32 [R], zeros: in decode every token lies behind its prompt.
+
+    """
+
+    rule: DeviceRule
+    projection: torch.Tensor
+    scale: float
+    factor: float
+    decay: float
+    bound: int
+    signatures: torch.Tensor
+    squares: torch.Tensor
+    slots: torch.Tensor
+    pieces: torch.Tensor
+    live: torch.Tensor
+    done: torch.Tensor
+    token_piece: torch.Tensor
+    no_prompt: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        layer: Any,
+        spec: BudgetedAttentionSpec,
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> DeviceConstants:
+        """Allocate the buffers.
+
+        Args:
+            layer: An attention layer of the group.
+            spec: The group's spec.
+            vllm_config: Says how many tokens and requests a step may have.
+            device: Where the layer's cache lies.
+
+        Raises:
+            KVPolicyError: For a cache that is quantised with a scale per head.
+
+        """
+        policy, rule = spec.policy, device_rule(spec.policy)
+        _refuse_scales_per_head(layer)
+        scheduler = vllm_config.scheduler_config
+        tokens = scheduler.max_num_batched_tokens
+        # A graph's batch may be padded, but holds no more requests than tokens.
+        requests = max(scheduler.max_num_seqs, tokens)
+        heads, group = spec.num_kv_heads, layer.impl.num_queries_per_kv
+        longest = vllm_config.model_config.max_model_len
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        projection = make_projection(
+            spec.head_size, rule.bits, policy.seed, policy.orthogonal
+        )
+        return cls(
+            rule=rule,
+            projection=projection.to(device),
+            scale=layer.impl.scale,
+            factor=vote_factor(policy, spec.head_size),
+            decay=policy.decay,
+            bound=most_slots(policy, longest),
+            signatures=ints(tokens, heads, group + 1, rule.hashed),
+            squares=torch.zeros(
+                (tokens, heads, group + 1), dtype=torch.float32, device=device
+            ),
+            slots=ints(tokens, heads),
+            pieces=ints(requests, ops.NUM_COLUMNS),
+            live=ints(requests),
+            done=ints(requests),
+            token_piece=ints(tokens),
+            no_prompt=ints(requests),
+        )
+
+    def signed(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step's part of ``signatures`` and ``squares``."""
+        return self.signatures[:num_tokens], self.squares[:num_tokens]

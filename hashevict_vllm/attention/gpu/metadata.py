@@ -1,0 +1,324 @@
+"""Builds, once per step, what every budgeted layer of a group will do on a GPU.
+
+A batch in which every request decodes one token is planned on the device, into buffers
+that keep their place: the host knows no exact lengths there, and a captured graph must
+find the plan of the step where it was. A batch that reads a prompt, be it one token, is
+cut on the host (`chunks`) and stays out of graphs: it ends with a reduction, which
+no decode graph holds (vllm_patches/decode_graphs.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from hashevict_vllm.attention.gpu.chunks import HostRound, cut_step, piece_rows
+from hashevict_vllm.attention.gpu.constants import DeviceConstants
+from hashevict_vllm.attention.inner import InnerBackend
+from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+
+
+@dataclass(frozen=True)
+class DeviceRound:
+    """One attention call: at most one piece of every request.
+
+    Attributes:
+        pieces: int32 [P, columns], see `hashevict_vllm.kernels.triton.pieces`.
+        token_piece: int32 [T], row of ``pieces`` of every token, -1 for none.
+        rows: int64 [n], rows of q, k, v that take part; None for all, in order.
+        reduced: int32 [P', columns], those pieces that vote or overflow the budget;
+            None if there are none.
+        scans: Whether any token may evict, or votes alone.
+        inner: Returns the inner backend's metadata for this call; to be called right
+            before it.
+
+    """
+
+    pieces: torch.Tensor
+    token_piece: torch.Tensor
+    rows: torch.Tensor | None
+    reduced: torch.Tensor | None
+    scans: bool
+    inner: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class DeviceMetadata:
+    """A step's plan, shared by all layers of a KV-cache group.
+
+    Attributes:
+        rounds: In order; the pieces of one request lie in consecutive rounds.
+        block_table: int32 [R, max blocks].
+        num_actual_tokens: Tokens of the step, as vLLM counts them.
+        constants: See there.
+
+    """
+
+    rounds: list[DeviceRound]
+    block_table: torch.Tensor
+    num_actual_tokens: int
+    constants: DeviceConstants
+
+
+def _always(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+class DeviceMetadataBuilderMixin:
+    """Mixed into the inner backend's builder: plans the step, then builds per round."""
+
+    needs: InnerBackend = InnerBackend()
+    kv_cache_spec: BudgetedAttentionSpec
+    device: torch.device
+    supports_update_block_table = False
+
+    decode_graphs_serve_prompts = False
+    """Asked by `hashevict_vllm.vllm_patches.decode_graphs`."""
+
+    def __init__(
+        self,
+        kv_cache_spec: BudgetedAttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        """Build the inner builder, then the buffers."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        self.constants = DeviceConstants.build(
+            layer, kv_cache_spec, vllm_config, device
+        )
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: BudgetedAttentionSpec
+    ) -> AttentionCGSupport:
+        """Full graphs of single-token decodes at most: only these plan on the device.
+
+        Args:
+            vllm_config: As the inner builder.
+            kv_cache_spec: As the inner builder.
+
+        """
+        inner = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+        most = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return min(inner, most, key=lambda support: support.value)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(
+        cls, vllm_config: VllmConfig, kv_cache_spec: BudgetedAttentionSpec
+    ) -> int | None:
+        """None: no graphs of requests with different numbers of tokens."""
+        return None
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> DeviceMetadata:
+        """Plan one step.
+
+        Args:
+            common_prefix_len: Always 0; cascade attention is gone from vLLM.
+            common_attn_metadata: vLLM's metadata, with absolute lengths.
+            fast_build: As in the base class.
+
+        Raises:
+            RuntimeError: If vLLM tells the host neither which requests still read
+                their prompt nor, where one does, prompt and request lengths.
+
+        """
+        common = common_attn_metadata
+        if common.is_prefilling is None:
+            raise RuntimeError("vLLM did not say which requests read prompts.")
+        reads = bool(common.is_prefilling.any())  # a tensor of the host
+        if common.max_query_len <= 1 and not reads:
+            return self._metadata(common, [self._plan_decode(common)])
+        prompt_lens = current_prompt_lens()
+        if prompt_lens is None:
+            prompt_lens = common.rswa_prefix_lens
+        if prompt_lens is not None and prompt_lens.device.type == "cpu":
+            known = prompt_lens[: common.num_reqs]
+            if bool(known.any()):
+                return self._metadata(common, self._plan_chunks(common, known))
+        if reads:
+            raise RuntimeError(
+                "vLLM told the host no lengths of the prompts that this step reads."
+            )
+        # No prompt is without tokens: a batch that vLLM makes up to warm up.
+        return self._metadata(common, [self._plan_nothing(common)])
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> DeviceMetadata:
+        """A decode step whose kernels a graph captures; every step plans anew."""
+        return self._metadata(
+            common_attn_metadata, [self._plan_decode(common_attn_metadata)]
+        )
+
+    def _metadata(
+        self, common: CommonAttentionMetadata, rounds: list[DeviceRound]
+    ) -> DeviceMetadata:
+        return DeviceMetadata(
+            rounds=rounds,
+            block_table=common.block_table_tensor,
+            num_actual_tokens=common.num_actual_tokens,
+            constants=self.constants,
+        )
+
+    def _inner(
+        self, common: CommonAttentionMetadata, fast_build: bool = False, **changes: Any
+    ) -> Any:
+        """The inner backend's metadata, of a batch with the live slots as lengths."""
+        changed = common.replace(
+            max_seq_len=min(common.max_seq_len, self.constants.bound),
+            # Of the whole batch with absolute lengths; no inner backend asks for them.
+            is_prefilling=None,
+            positions=None,
+            rswa_prefix_lens=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+            **changes,
+        )
+        return super().build(0, changed, fast_build)  # type: ignore[misc]
+
+    def _plan_decode(self, common: CommonAttentionMetadata) -> DeviceRound:
+        """One token of every request, planned on the device from its lengths."""
+        constants, num = self.constants, common.num_reqs
+        pieces, live = constants.pieces[:num], constants.live[:num]
+        token_piece = constants.token_piece[: common.num_actual_tokens]
+        ops.plan(
+            common.query_start_loc,
+            common.seq_lens[:num],
+            constants.no_prompt[:num],
+            constants.done[:num],
+            pieces,
+            live,
+            token_piece,
+            list(constants.rule),
+            True,
+        )
+        # vLLM's mark of tokens that are made up, in batches where all are: they must
+        # not be written, as their rows of the block table may be a real request's.
+        made_up = common.slot_mapping[: common.num_actual_tokens] < 0
+        token_piece.masked_fill_(made_up, -1)
+        upper = common.seq_lens_cpu_upper_bound
+        inner = self._inner(
+            common,
+            seq_lens=live,
+            # Exact, as the bound is without speculative decoding.
+            seq_lens_cpu_upper_bound=(
+                None if upper is None else upper.clamp(max=constants.rule.budget)
+            ),
+        )
+        return DeviceRound(
+            pieces=pieces,
+            token_piece=token_piece,
+            rows=None,
+            reduced=None,
+            scans=True,
+            inner=_always(inner),
+        )
+
+    def _plan_nothing(self, common: CommonAttentionMetadata) -> DeviceRound:
+        """Attention alone, over whatever the batch says; nothing is written."""
+        pieces = torch.zeros(
+            (1, ops.NUM_COLUMNS), dtype=torch.int32, device=self.device
+        )
+        nobody = torch.full(
+            (common.num_actual_tokens,), -1, dtype=torch.int32, device=self.device
+        )
+        return DeviceRound(
+            pieces=pieces,
+            token_piece=nobody,
+            rows=None,
+            reduced=None,
+            scans=False,
+            inner=_always(super().build(0, common)),  # type: ignore[misc]
+        )
+
+    def _plan_chunks(
+        self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
+    ) -> list[DeviceRound]:
+        """Cut every request's chunk, as `attention.cpu.metadata` does."""
+        lens = common.seq_lens_cpu_upper_bound
+        if lens is None and common.seq_lens.device.type == "cpu":
+            lens = common.seq_lens
+        if lens is None:
+            raise RuntimeError("vLLM told the host no lengths of the step's requests.")
+        cut = cut_step(
+            self.kv_cache_spec.policy,
+            common.query_start_loc_cpu.tolist(),
+            lens.tolist(),
+            prompt_lens.tolist(),
+            common.num_actual_tokens,
+        )
+        return [self._round(common, one, alone=len(cut) == 1) for one in cut]
+
+    def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        """A small table, copied without waiting for it."""
+        host = torch.tensor(values, dtype=dtype, device="cpu")
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
+
+    def _round(
+        self, common: CommonAttentionMetadata, cut: HostRound, alone: bool
+    ) -> DeviceRound:
+        """One attention call over pieces that were cut on the host."""
+        pieces, rows, reduced = cut.pieces, cut.rows, cut.reduced
+        live = [piece.live_after_write for piece in pieces]
+        table = common.block_table_tensor
+        if len(pieces) < common.num_reqs:
+            numbers = [piece.request for piece in pieces]
+            table = table[self._to_device(numbers, torch.int64)]
+        build = functools.partial(
+            self._inner,
+            common,
+            # Else FlashAttention's schedule lies in a buffer that the rounds share.
+            fast_build=not alone,
+            query_start_loc=self._to_device(cut.query_start_loc, torch.int32),
+            query_start_loc_cpu=torch.tensor(cut.query_start_loc, dtype=torch.int32),
+            seq_lens=self._to_device(live, torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor(live, dtype=torch.int32),
+            num_reqs=len(pieces),
+            num_actual_tokens=len(rows),
+            max_query_len=max(piece.count for piece in pieces),
+            block_table_tensor=table,
+            slot_mapping=common.slot_mapping[: len(rows)],
+        )
+        later = self.needs.plans_on_host and not alone
+        inner = functools.partial(self._plan_anew, build) if later else _always(build())
+        whole = rows == list(range(common.num_actual_tokens))
+        return DeviceRound(
+            pieces=self._to_device(piece_rows(pieces), torch.int32),
+            token_piece=self._to_device(cut.token_piece, torch.int32),
+            rows=None if whole else self._to_device(rows, torch.int64),
+            reduced=(
+                self._to_device(piece_rows(reduced), torch.int32) if reduced else None
+            ),
+            scans=any(piece.count == 1 for piece in pieces),
+            inner=inner,
+        )
+
+    def _plan_anew(self, build: Callable[[], Any]) -> Any:
+        """Plan a round over the plan of the one before, once that has been used.
+
+        Slow (it waits for the GPU), and rare: steps that read a prompt across the end
+        of a segment, or that replay output after a preemption.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return build()

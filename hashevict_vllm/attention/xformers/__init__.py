@@ -1,0 +1,1 @@
+"""xformers as a stock-like backend, for GPUs before Ampere."""

@@ -1,0 +1,1 @@
+"""What a KV policy refuses to run with: `rules`, and by machine `device`."""

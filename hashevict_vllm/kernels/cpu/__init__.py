@@ -1,0 +1,1 @@
+"""The rules on CPUs, compiled by numba; entry points in `launch`."""

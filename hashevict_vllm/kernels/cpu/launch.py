@@ -1,0 +1,181 @@
+"""numba kernels: fused hash + scan + write, and the replay that reduces a segment.
+
+They address slots of one KV head inside vLLM's pages (`hashevict_vllm.cache.page`).
+Inner loops run over slices, as a signed scalar index costs numba a wrap-around test per
+element. Items, a request's or piece's KV head each, are shared by OpenMP's threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from hashevict_vllm.kernels.cpu.borrow import borrowed
+from hashevict_vllm.kernels.cpu.jit import kernel
+from hashevict_vllm.kernels.cpu.layer import pages_of, rule_of
+from hashevict_vllm.kernels.cpu.replay import replay_items
+from hashevict_vllm.kernels.cpu.team import share_items
+from hashevict_vllm.kernels.cpu.tokens import tokens_at
+from hashevict_vllm.kernels.cpu.write import Writes, write_items
+
+SCAN_WORK = 4
+"""What an evicting token costs, in units of one that is appended; about 0.5 us."""
+WORK_OF_A_THREAD = 32
+"""Units that are worth waking a thread for."""
+
+
+@kernel
+def write_tokens(
+    elements,
+    tail,
+    places,
+    rows,
+    positions,
+    slots,
+    evict,
+    voters,
+    requests,
+    block_table,
+    projection,
+    k_map,
+    v_map,
+    geometry,
+    rule,
+    strengths,
+    team,
+):
+    """Hash, choose the slot, write K, V, signature and position of single tokens.
+
+    Design 1.2. Tokens of one request must not depend on each other's slots: at most one
+    evicting token per request and call.
+
+    Args:
+        elements: Raw K/V elements of the layer, unsigned [..], see `LayerPages`.
+        tail: int32 view of the same bytes.
+        places: Of q, k and v, see `hashevict_vllm.kernels.cpu.tokens.addresses`.
+        rows: int32 [n], rows of q, k, v.
+        positions: int32 [n], absolute positions.
+        slots: int32 [n], slot to append to; the number of live slots if evicting.
+        evict: bool [n], whether to overwrite the victim instead of appending.
+        voters: bool [n], whether an evicting token's queries vote first.
+        requests: int32 [n], rows of the block table.
+        block_table: int32 [R, max blocks].
+        projection: float32 [D * b], R row-major; empty where the rule hashes nothing.
+        k_map: int32 [N, D], element of K[slot, d] within a (block, head).
+        v_map: int32 [N, D], the same for V.
+        geometry: int64 [9]: H, N, D, W, element stride and word stride of a block,
+            first tail word of a page, element kind, b.
+        rule: int64 [6]: sinks, recent, kind of score (`codes`), seed, pool, vote_every.
+        strengths: float32 [3]: factor of the hashed part of a logit, decay, softmax
+            scale.
+        team: int64 [2], as `hashevict_vllm.kernels.cpu.team.find_team`.
+
+    """
+    heads, runs, work = geometry[0], 0, 0
+    for n in range(len(rows)):
+        runs += n == 0 or requests[n] != requests[n - 1]
+        work += heads * (SCAN_WORK if evict[n] else 1)
+    share_items(
+        write_items,
+        (
+            pages_of(elements, tail, k_map, v_map, geometry),
+            rule_of(rule, projection, geometry[8], strengths),
+            tokens_at(places, elements),
+            Writes(
+                borrowed(rows),
+                borrowed(positions),
+                borrowed(slots),
+                borrowed(evict),
+                borrowed(voters),
+                borrowed(requests),
+                borrowed(block_table),
+            ),
+        ),
+        runs * heads,
+        team[0],
+        _threads(team, runs * heads, work),
+    )
+
+
+@njit
+def _threads(team, items, work):
+    """How many threads are worth starting for so many items, and as much work."""
+    if team[0] == 0:
+        return 1
+    return max(1, min(team[1], items, work // WORK_OF_A_THREAD))
+
+
+@kernel
+def replay_segments(
+    elements,
+    tail,
+    places,
+    pieces,
+    block_table,
+    projection,
+    k_map,
+    v_map,
+    geometry,
+    rule,
+    strengths,
+    team,
+    budget,
+):
+    """Replay the decode rule for tokens beyond the budget; compact complete segments.
+
+    Design 1.3. Victims are marked ``~position`` and stay in place, as later tokens of
+    the open segment still attend to them. A complete segment is compacted: survivors
+    beyond the budget move into the marked slots, in order of their slots.
+
+    Args:
+        elements: As `write_tokens`, here only moved.
+        tail: As `write_tokens`; holds the piece's signatures and positions already.
+        places: As `write_tokens`.
+        pieces: int32 [n, 8], rows as `hashevict_vllm.kernels.cpu.replay.Piece`.
+        block_table: int32 [R, max blocks].
+        projection: As `write_tokens`.
+        k_map: int32 [N, D].
+        v_map: int32 [N, D].
+        geometry: As `write_tokens`.
+        rule: As `write_tokens`.
+        strengths: As `write_tokens`.
+        team: As `write_tokens`.
+        budget: C.
+
+    """
+    items = len(pieces) * geometry[0]
+    share_items(
+        replay_items,
+        (
+            pages_of(elements, tail, k_map, v_map, geometry),
+            rule_of(rule, projection, geometry[8], strengths),
+            tokens_at(places, elements),
+            borrowed(pieces),
+            borrowed(block_table),
+            budget,
+        ),
+        items,
+        team[0],
+        _threads(team, items, items * WORK_OF_A_THREAD),
+    )
+
+
+def warm_up(dtype: np.dtype) -> None:
+    """Compile (or load from the disk cache) the kernels for one element type.
+
+    Args:
+        dtype: Unsigned integer type of the raw K/V elements.
+
+    """
+    elements, tail = np.zeros(1, dtype), np.zeros(1, np.int32)
+    places = (0, 0, 0, 0, 0, 0, 0, 1)
+    none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
+    geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
+    floats = np.zeros(3, np.float32)
+    team = np.array([0, 1], np.int64)
+    common = (table, floats, table, table, geometry, rule, floats, team)
+    no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 8), np.int32)
+    write_tokens(
+        elements, tail, places, none, none, none, no_flags, no_flags, none, *common
+    )
+    replay_segments(elements, tail, places, no_pieces, *common, 1)

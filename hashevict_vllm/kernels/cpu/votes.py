@@ -1,0 +1,224 @@
+"""Votes of queries on slots, and the selection at the end of a segment (numba).
+
+See `hashevict_vllm.policies.vote` for the rule. A slot's words are the signature of the
+rest of its key, three small numbers (`hashevict_vllm.policies.frame`) and its votes, a
+float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from hashevict_vllm.kernels.cpu.ballot import (
+    WIDTH,
+    add_rows,
+    double_table,
+    join_rows,
+    raise_votes,
+    softmax_rows,
+)
+from hashevict_vllm.kernels.cpu.frame import split_queries
+from hashevict_vllm.kernels.cpu.hash import project_rows
+from hashevict_vllm.kernels.cpu.slots import (
+    prefetch_rows,
+    row_size,
+    tail_of,
+    word_of,
+)
+from hashevict_vllm.kernels.cpu.tokens import load_queries
+from hashevict_vllm.policies.vote import AHEAD, SMOOTH
+
+BALLOT_AHEAD = 8
+"""Blocks that are asked for ahead of the estimate of their logits."""
+
+
+@njit
+def _fill_tables(projected, b, group, first, tables):
+    """What every byte of a signature adds to the logits of four queries.
+
+    Args:
+        projected: t = q R of all G queries, float32 [G * b].
+        b: Bits of a signature.
+        group: G.
+        first: First of the four queries; those beyond G, and bits beyond b, add zero.
+        tables: float32 [4 W * 256 * 4], written: for each byte of a signature, each of
+            its values and each query, sum_j t_j s_j over the byte's bits.
+
+    """
+    steps = np.zeros(4, np.float32)
+    for byte in range(len(tables) // 1024):
+        at, size = byte * 1024, np.int64(4)
+        tables[at : at + 4] = np.float32(0)
+        for j in range(byte * 8, byte * 8 + 8):
+            for g in range(4):
+                known = first + g < group and j < b
+                steps[g] = projected[(first + g) * b + j] if known else np.float32(0)
+            double_table(tables, at, size, steps)
+            size *= 2
+
+
+@njit
+def _pair_up(along, group, first, scale, lines):
+    """Coordinates of four queries, scaled, axis by axis.
+
+    ``along`` float32 [G * 2]; ``lines`` float32 [2 * 4], written, 0 beyond G.
+    """
+    for axis in range(2):
+        for g in range(4):
+            known = first + g < group
+            value = along[2 * (first + g) + axis] * scale if known else np.float32(0)
+            lines[4 * axis + g] = value
+
+
+@njit(fastmath={"contract", "reassoc", "nsz"})
+def _sum_old(votes, position, oldest_new):
+    """Sum and number of the votes [n] of slots before position ``oldest_new``."""
+    total, others = np.float32(0), np.int32(0)
+    for i in range(len(votes)):
+        old = position[i] < oldest_new
+        total += votes[i] if old else np.float32(0)
+        others += np.int32(old)
+    return total, others
+
+
+@njit(fastmath={"contract"})
+def _fade_and_add(votes, position, oldest_new, decay, mean, new_votes):
+    """Decay votes [n], or set those of new slots to ``mean``, and add the new ones."""
+    for i in range(len(votes)):
+        kept = votes[i] * decay if position[i] < oldest_new else mean
+        votes[i] = kept + new_votes[i]
+
+
+@njit
+def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
+    """Let the G queries of a row vote on the first ``num_slots`` slots of a request.
+
+    ``frame`` float64 [3 D]. ``t`` is the position of a decoding token, whose ballot
+    first fades earlier votes; negative in a segment.
+    """
+    block_size, tail = pages.block_size, pages.tail
+    hashed, size = pages.words - 2, row_size(pages)
+    group, dim, bits = tokens.group, pages.dim, rule.bits
+    as_float = tail.view(np.float32)
+    room = (num_slots + block_size - 1) // block_size * block_size
+    x, projected = np.empty(group * dim, np.float32), np.empty(group * bits, np.float32)
+    tables, logits = np.empty(hashed * 4096, np.float32), np.empty(4 * room, np.float32)
+    sums, shares = np.empty(WIDTH, np.float32), np.empty(4, np.float32)
+    votes = np.zeros(room, np.float32)
+    along, lines = np.empty(2 * group, np.float32), np.empty(8, np.float32)
+    load_queries(pages, tokens, row, head, x)
+    split_queries(x, frame, group, along)
+    project_rows(x, rule.projection, projected, group)
+    for first_query in range(0, group, 4):
+        _fill_tables(projected, bits, group, first_query, tables)
+        _pair_up(along, group, first_query, rule.scale, lines)
+        logits[:] = np.float32(0)
+        for first in range(0, num_slots, block_size):
+            prefetch_rows(
+                pages,
+                blocks,
+                first + BALLOT_AHEAD * block_size,
+                min(num_slots, first + (BALLOT_AHEAD + 1) * block_size),
+                head,
+                0,
+                pages.words + 1,
+            )
+            base = tail_of(pages, blocks, first, head)
+            for w in range(hashed):
+                at = base + w * size
+                add_rows(tail, at, block_size, tables, w * 4096, logits, 4 * first)
+            at = base + hashed * size
+            join_rows(logits, 4 * first, tail, at, block_size, rule.gain, lines)
+        logits[4 * num_slots :] = np.float32(-np.inf)
+        softmax_rows(logits, sums)
+        for g in range(4):
+            total = sums[g] + sums[g + 4] + sums[g + 8] + sums[g + 12]
+            # Queries beyond the group have no say.
+            shares[g] = np.float32(1) / total if first_query + g < group else 0
+        raise_votes(logits, shares, votes)
+    # In a segment every slot is older than this, and nothing fades.
+    oldest_new, decay, mean = np.int32(2**31 - 1), np.float32(1), np.float32(0)
+    if t >= 0:
+        oldest_new, decay = np.int32(t - rule.vote_every), rule.decay
+        total, others = np.float32(0), 0
+        for first in range(0, num_slots, block_size):
+            count = min(block_size, num_slots - first)
+            at = tail_of(pages, blocks, first, head) + (hashed + 1) * size
+            position = tail[at + size : at + size + count]
+            here, old = _sum_old(as_float[at : at + count], position, oldest_new)
+            total += here
+            others += old
+        mean = decay * total / np.float32(others) if others else np.float32(0)
+    for first in range(0, num_slots, block_size):
+        count = min(block_size, num_slots - first)
+        at = tail_of(pages, blocks, first, head) + (hashed + 1) * size
+        position = tail[at + size : at + size + count]
+        kept, new_votes = as_float[at : at + count], votes[first : first + count]
+        _fade_and_add(kept, position, oldest_new, decay, mean, new_votes)
+
+
+@njit
+def _pool(position, votes, pool):
+    """Smooth and pool votes [n] of slots sorted by ``position``; float32 [n]."""
+    n = len(position)
+    smooth, pooled = np.empty(n, np.float32), np.empty(n, np.float32)
+    if pool == 1:
+        pooled[:] = votes
+        return pooled
+    share = np.float32(1) / np.float32(2 * SMOOTH + 1)
+    first = 0
+    for i in range(n):
+        while position[i] - position[first] > SMOOTH:
+            first += 1
+        total = np.float32(0)
+        j = first
+        while j < n and position[j] - position[i] <= SMOOTH:
+            total += votes[j]
+            j += 1
+        smooth[i] = total * share
+    first = 0
+    for i in range(n):
+        while position[i] - position[first] >= pool - AHEAD:
+            first += 1
+        best = np.float32(0)
+        j = first
+        while j < n and position[j] - position[i] <= AHEAD:
+            best = max(best, smooth[j])
+            j += 1
+        pooled[i] = best
+    return pooled
+
+
+@njit
+def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
+    """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
+
+    Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`), and
+    stay so; sinks and positions of at least ``end - recent`` are protected; ties keep
+    the newer slot.
+    """
+    words, size, tail = pages.words, row_size(pages), pages.tail
+    position = np.empty(num_slots, np.int32)
+    votes = np.empty(num_slots, np.float32)
+    as_float = tail.view(np.float32)
+    for slot in range(num_slots):
+        at = word_of(pages, blocks, slot, head)
+        position[slot] = tail[at + words * size]
+        votes[slot] = as_float[at + (words - 1) * size]
+    order = np.argsort(position)
+    pooled = _pool(position[order], votes[order], rule.pool)
+    for i in range(num_slots):
+        at = word_of(pages, blocks, order[i], head)
+        as_float[at + (words - 1) * size] = pooled[i]
+    ranked = np.argsort(pooled, kind="mergesort")
+    left = num_slots - budget
+    for i in ranked:
+        slot = order[i]
+        if left == 0:
+            break
+        if position[slot] < rule.sinks or position[slot] >= end - rule.recent:
+            continue
+        at = word_of(pages, blocks, slot, head) + words * size
+        tail[at] = ~position[slot]
+        left -= 1
