@@ -206,7 +206,7 @@ def commands(tmp_path_factory):
     directory = tmp_path_factory.mktemp("commands")
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (directory / "config.json").write_text(json.dumps(llama))
-    refused = ("--skip-tokenizer-init", "--port", "0", *ON, "--enable-lora")
+    refused = ("--skip-tokenizer-init", "--port", "0", *ON, "--kv-sharing-fast-prefill")
     argvs = {
         "serve help": ("serve", "--help=KVPolicyConfig"),
         "bench help": ("bench", "latency", "--help=KVPolicyConfig"),
@@ -246,5 +246,5 @@ def test_a_refused_start_ends_with_one_sentence_and_no_traceback(commands):
     result = commands["refused"]
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("vllm: error: --enable-lora: ")
+    assert last.startswith("vllm: error: --kv-sharing-fast-prefill: ")
     assert "Traceback" not in result.stderr

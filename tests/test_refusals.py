@@ -161,7 +161,6 @@ FLAGS = {
         "--kv-cache-dtype",
         "fp8 is quantised, and on a CPU",
     ),
-    "lora": ({"enable_lora": True}, "--enable-lora", "not been tried"),
     "cpu_block_size": (
         {"block_size": 48},
         "--block-size",
@@ -337,7 +336,7 @@ def test_prefix_caching_is_switched_off_with_one_log_line(llama, monkeypatch):
 @pytest.mark.parametrize("policy", [{}, {"kv_policy": {"name": "full"}}])
 def test_without_a_policy_nothing_is_checked_or_changed(policy, llama, monkeypatch):
     monkeypatch.setattr(rules, "RULES", (lambda config, policy: "must not run.",))
-    args = engine_args(llama, policy=policy, enable_lora=True)
+    args = engine_args(llama, policy=policy, kv_sharing_fast_prefill=True)
     config = args.create_engine_config()
     assert config.cache_config.enable_prefix_caching is True
     assert config.additional_config == policy

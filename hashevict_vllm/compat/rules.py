@@ -306,13 +306,6 @@ def context_parallel(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     return None
 
 
-def lora(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
-    """``VllmConfig.lora_config`` (vllm/config/lora.py)."""
-    if config.lora_config is None:
-        return None
-    return "--enable-lora: adapters have not been tried with a KV policy yet."
-
-
 def hybrid_manager_off(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """Without it ``unify_hybrid_kv_cache_specs`` wants one kind (kv_cache_utils.py)."""
     if not config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -367,7 +360,6 @@ RULES: tuple[Rule, ...] = (
     context_parallel,
     microbatches,
     quantised_cache,
-    lora,
     hybrid_manager_off,
     inner_backend,
     cpu_block_size,

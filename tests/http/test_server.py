@@ -252,6 +252,21 @@ def test_a_prompt_of_6000_tokens_is_answered_in_fluent_text(client):
     assert "plant" in text.lower()
 
 
+def test_metrics_tell_how_many_tokens_a_request_has_evicted(server, client):
+    def evicted():
+        text = httpx.get(f"{server.url}/metrics").text
+        found = re.findall(
+            r'^hashevict:evicted_tokens_total{.*phase="(\w+)"} (\S+)$', text, re.M
+        )
+        return {phase: float(value) for phase, value in found}
+
+    before = evicted()
+    usage = complete(client, facts(60), 33).usage
+    now = evicted()
+    assert now["prompt"] - before["prompt"] == usage.prompt_tokens - BUDGET > 0
+    assert now["output"] - before["output"] == 32
+
+
 def test_32_requests_are_served_at_once_though_half_outgrow_the_budget(server, client):
     def long_one(number):
         return complete(client, facts(31, first=number - 31), 80)

@@ -1,0 +1,1 @@
+"""Operation: what a budget does, as Prometheus metrics on vLLM's ``/metrics``."""
