@@ -17,6 +17,12 @@ from dataclasses import dataclass
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
+def most_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
+    """Most slots that any request ever has: a full budget, and a segment behind it."""
+    segment = policy.segment if policy.segment > 1 else 0
+    return min(policy.budget + segment, max(max_model_len, policy.budget))
+
+
 @dataclass(frozen=True)
 class Piece:
     """Consecutive tokens of one request that attend together.

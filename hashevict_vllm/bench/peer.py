@@ -3,7 +3,7 @@
 Engines take turns, each in a process of its own. kvpress needs other versions of
 transformers than vLLM may, so that it has an interpreter of its own::
 
-    python -m venv peer && peer/bin/pip install kvpress==0.5.5
+    python -m venv peer && peer/bin/pip install -e .[peer]
     scripts/bench peer --peer-python peer/bin/python
 """
 
@@ -90,7 +90,7 @@ def require_kvpress(python: str) -> None:
     if found.stdout.strip() == "None":
         sys.exit(
             f"--peer-python: {python} has no kvpress; name the interpreter of an "
-            "environment where `pip install kvpress==0.5.5` was run."
+            "environment where `pip install hashevict-vllm[peer]` was run."
         )
 
 

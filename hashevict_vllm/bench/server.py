@@ -106,18 +106,49 @@ def serve(
         variables: Of its environment, beside ours.
 
     Raises:
-        RuntimeError: If the server ends at start; its log says why.
+        RuntimeError: If the server ends at start.
         TimeoutError: If it does not answer in time.
 
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [vllm_command(), "serve", str(model), *flags]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    port = free_port()
     env = {
         key: value for key, value in os.environ.items() if key not in NOT_FOR_SERVERS
     } | dict(variables)
+    with run(serve_command(model, flags, port), port, log, env) as url:
+        yield Server(url)
+
+
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve_command(model: Path, flags: Sequence[str], port: int) -> list[str]:
+    """``vllm serve`` on a port of this machine alone."""
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    return [vllm_command(), "serve", str(model), *flags, *where]
+
+
+@contextlib.contextmanager
+def run(
+    command: Sequence[str], port: int, log: Path, env: Mapping[str, str]
+) -> Iterator[str]:
+    """Run a command that serves on a port until the block ends; yields its URL.
+
+    Args:
+        command: In a process group of its own, which ends with the block.
+        port: Where it will answer ``/health``.
+        log: File for its output.
+        env: All of its environment.
+
+    Raises:
+        RuntimeError: If the server ends at start.
+        TimeoutError: If it does not answer in time.
+
+    """
+    url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -126,28 +157,31 @@ def serve(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}")
     try:
-        _wait_for_health(server, process, log)
-        yield server
+        _wait_for_health(url, process, log)
+        yield url
     finally:
         _stop(process)
 
 
-def _wait_for_health(
-    server: Server, process: subprocess.Popen[bytes], log: Path
-) -> None:
+def _wait_for_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended at start; see {log}")
+            raise RuntimeError(f"the server ended at start:\n{_end_of(log)}")
         with (
             contextlib.suppress(OSError),
-            urllib.request.urlopen(f"{server.url}/health", timeout=5),
+            urllib.request.urlopen(f"{url}/health", timeout=5),
         ):
             return
         time.sleep(0.5)
-    raise TimeoutError(f"no /health after {START_TIMEOUT_S} s; see {log}")
+    raise TimeoutError(f"no /health after {START_TIMEOUT_S} s:\n{_end_of(log)}")
+
+
+def _end_of(log: Path) -> str:
+    """The last lines of a log, after its name."""
+    lines = log.read_text(errors="replace").splitlines()[-60:]
+    return "\n".join([f"{log}:", *lines])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

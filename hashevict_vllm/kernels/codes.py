@@ -1,7 +1,17 @@
-"""Small integers that kernels on every device understand."""
+"""Numbers that kernels on every device and the oracle share."""
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """How the raw bits of a K/V or query element are to be read."""
 
 HAMMING_TO_KEY, HAMMING_TO_QUERY, RECENCY, NORM, RANDOM, KEY_DIFF, VOTE = range(7)
 """What the score of a slot is; see the rules in `hashevict_vllm.policies`."""
+
+SMOOTH = 2
+"""Votes are averaged over this many positions to either side before they are pooled."""
+
+AHEAD = 1
+"""Of the pooled positions, how many lie before the attended slot; the rest follow it:
+a query finds the words that it knows, and the answer stands behind them."""
+
+PARALLEL = 1e-12
+"""Squared sine below which two directions count as one."""

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-PARALLEL = 1e-12
-"""Squared sine below which two directions count as one."""
+from hashevict_vllm.kernels.codes import PARALLEL
 
 
 @dataclass(frozen=True)

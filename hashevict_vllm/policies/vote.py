@@ -15,18 +15,12 @@ import math
 import torch
 
 from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.codes import AHEAD, SMOOTH
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
 from hashevict_vllm.policies.frame import KeyFrame
 from hashevict_vllm.resolved import ResolvedKVPolicy
-
-SMOOTH = 2
-"""Votes are averaged over this many positions to either side before they are pooled."""
-
-AHEAD = 1
-"""Of the pooled positions, how many lie before the attended slot; the rest follow it:
-a query finds the words that it knows, and the answer stands behind them."""
 
 
 def estimate_scale(hash_bits: int, head_dim: int, orthogonal: bool) -> float:

@@ -82,8 +82,12 @@ END
 # Makes the environment hold the extras named, for this machine's device. A stamp per
 # extra says for which pyproject.toml, of which checkout, that was done.
 prepare_environment() { # EXTRA...
+    prepare_extras "$(device)" "$@"
+}
+
+# The same with these extras alone; vLLM comes with the first only if that is a device.
+prepare_extras() { # EXTRA...
     local key extra
-    set -- "$(device)" "$@"
     key=$(echo "$ROOT" | cat - "$ROOT/pyproject.toml" | sha256sum | cut -d ' ' -f 1)
     if ! stamped "$key" "$@"; then
         [ -x "$VENV/bin/pip" ] || make_venv

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
+from hashevict_vllm.attention.plan import most_slots
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.rule import DeviceRule
-from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,12 +30,6 @@ def _refuse_scales_per_head(layer: Any) -> None:
                 "--kv-cache-dtype: this checkpoint has a scale for every head, and a "
                 "KV policy writes slots with one per layer; use bfloat16."
             )
-
-
-def most_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
-    """Most slots that any request ever has: a full budget, and a segment behind it."""
-    segment = policy.segment if policy.segment > 1 else 0
-    return min(policy.budget + segment, max(max_model_len, policy.budget))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from hashevict_vllm.attention.gpu.constants import most_slots
+from hashevict_vllm.attention.plan import most_slots
 from hashevict_vllm.attention.xformers.attend import attend, gather
 from hashevict_vllm.attention.xformers.calls import SCRATCH_SLOTS
 from hashevict_vllm.attention.xformers.metadata import XformersMetadata

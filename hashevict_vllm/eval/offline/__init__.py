@@ -6,11 +6,11 @@ the same scores, and files them as records of the same form: in the same output 
 they stand beside the engine's rows.
 
 - `model`: transformers with our attention; the exact prefill that all rules share;
-- `rules`: what is kept of a prompt and evicted in decode, one method per file;
-- `slots`: the live slots of one layer, for many rules, budgets and requests at once;
+- `rules`: what is kept of a prompt and evicted in decode; where kvpress 0.5.5 has the
+  method, the prompt is judged by its code (`rules.press`);
+- `slots`: the live slots of one layer;
 - `generate`: decoding of forced and of free answers;
-- `runner`, `__main__`: samples × rules × budgets;
-- `fidelity`: error of the attention output and attention mass kept, layer by layer.
+- `runner`, `__main__`: samples × rules × budgets.
 
 A prompt is always read exactly and reduced once, at its end, and a step of decode
 evicts before it attends: no query sees more than the budget's slots. With our own rule

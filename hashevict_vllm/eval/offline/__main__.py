@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--model", help="model directory (default: SmolLM2-135M-Instruct)")
-    add("--rules", nargs="+", metavar="RULE", help="default: those no engine serves")
+    add("--rules", nargs="+", metavar="RULE", help="default: all of --list")
     add("--budgets", nargs="+", metavar="TOKENS|SHARE", default=["10%", "30%", "50%"])
     add("--length", type=int, default=1024, help="nominal context length in tokens")
     add("--tasks", nargs="+", metavar="TASK", default=TASKS, help="names or families")
@@ -45,8 +45,6 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("results"), help="default: results/")
     add("--dtype", default="auto", help="torch's name of it (default: the model's)")
     add("--threads", type=int, help="threads of torch (default: its own choice)")
-    add("--fidelity", action="store_true", help="measure attention, not answers")
-    add("--projections", type=int, default=5, help="with --fidelity: seeds of hashes")
     add("--list", action="store_true", help="print rules and tasks, and stop")
     return made
 
@@ -70,16 +68,14 @@ def _run(options: argparse.Namespace) -> None:
 
     from hashevict_vllm.eval.__main__ import select_tasks
     from hashevict_vllm.eval.grid import parse_budget
-    from hashevict_vllm.eval.offline.fidelity import Fidelity
-    from hashevict_vllm.eval.offline.fidelity_report import write_fidelity
-    from hashevict_vllm.eval.offline.rules import BASELINES, RULES
+    from hashevict_vllm.eval.offline.rules import RULES
     from hashevict_vllm.eval.offline.runner import OfflineRunner
     from hashevict_vllm.eval.records import Store
     from hashevict_vllm.eval.report import write_report
     from hashevict_vllm.eval.tasks import TASKS as KNOWN
     from hashevict_vllm.models import fetch_default_model
 
-    names = options.rules or list(RULES if options.fidelity else BASELINES)
+    names = options.rules or list(RULES)
     for name in names:
         if name not in RULES:
             sys.exit(f"--rules: unknown rule {name!r}; known are {', '.join(RULES)}.")
@@ -93,24 +89,10 @@ def _run(options: argparse.Namespace) -> None:
     command = "scripts/evaluate-offline " + " ".join(sys.argv[1:])
     model = options.model or str(fetch_default_model())
     store = Store(options.output / "results.jsonl")
+    rules = [RULES[name](budget) for budget in budgets for name in names]
     runner = OfflineRunner(
         model, options.dtype, store, samples=options.samples, seed=options.seed
     )
-    if options.fidelity:
-        measured = Fidelity(runner.model, options.output / "fidelity.jsonl")
-        classes = [RULES[name] for name in names]
-        measured.run(
-            classes,
-            budgets,
-            tasks,
-            options.length,
-            options.samples,
-            options.seed,
-            options.projections,
-        )
-        print(write_fidelity(measured.records, options.output, command))
-        return
-    rules = [RULES[name](budget) for budget in budgets for name in names]
     runner.run(rules, tasks, options.length)
     print(write_report(list(store.records.values()), KNOWN, options.output, command))
 

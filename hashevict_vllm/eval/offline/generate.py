@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from hashevict_vllm.eval.offline.model import OfflineModel, Prefill
 from hashevict_vllm.eval.offline.rules import Rule
-from hashevict_vllm.eval.offline.slots import Slab, Slots
+from hashevict_vllm.eval.offline.slots import Slots, Step
 from hashevict_vllm.eval.tasks.base import Output, Sample
 
 Reduced = list[list[Slots]]
@@ -22,20 +23,19 @@ def reduce_prompt(
     layers = []
     for index in range(model.num_layers):
         prompt = model.layer(read, index, length)
-        layers.append([rule.keep(prompt).slots(prompt.k, prompt.v) for rule in rules])
+        layers.append([rule.keep(prompt) for rule in rules])
     return layers
 
 
 class Decoder:
-    """R sequences after one prompt, for every rule.
+    """R sequences after one prompt, for every rule; the model is read once per step.
 
     Args:
         model: The model.
         read: The prompt.
-        rules: P rules, those of one budget side by side.
+        rules: P rules.
         reduced: What they keep of the prompt.
         copies: R.
-        steps: Tokens that will be decoded at most.
 
     """
 
@@ -46,59 +46,34 @@ class Decoder:
         rules: Sequence[Rule],
         reduced: Reduced,
         copies: int,
-        steps: int,
     ) -> None:
-        self.model, self.copies, self.rules = model, copies, rules
-        self.t = len(read.tokens)
-        budgets = [rule.budget for rule in rules]
-        starts = [
-            i for i in range(len(rules)) if i == 0 or budgets[i] != budgets[i - 1]
-        ]
-        self.spans = [
-            slice(start, stop)
-            for start, stop in zip(starts, [*starts[1:], len(rules)], strict=True)
-        ]
-        self.slabs = [
-            [
-                Slab(
-                    rules[span],
-                    [_copied(slots, copies) for slots in layer[span]],
-                    min(budgets[span.start], self.t + steps),
-                    self.t,
-                )
-                for span in self.spans
-            ]
-            for layer in reduced
-        ]
+        self.model, self.rules = model, rules
+        self.t = self.prompt_len = len(read.tokens)
+        self.slots = [[slots.copies(copies) for slots in layer] for layer in reduced]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode int64 [P, R]; returns logits float32 [P, R, V]."""
-        count = len(self.rules)
 
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
         ) -> torch.Tensor:
-            heads = k.shape[1]
-            q = q[:, :, 0].float().unflatten(1, (heads, -1))
+            q = q[:, :, 0].unflatten(1, (k.shape[1], -1))
             q, k, v = (
-                x.unflatten(0, (count, -1)) for x in (q, k[:, :, 0].float(), v[:, :, 0])
+                x.float().unflatten(0, tokens.shape)
+                for x in (q, k[:, :, 0], v[:, :, 0])
             )
             parts = [
-                slab.step(q[span], k[span], v[span].float(), self.t, scale)
-                for slab, span in zip(self.slabs[layer], self.spans, strict=True)
+                rule.step(slots, Step(q[i], k[i], v[i], self.t, self.prompt_len, scale))
+                for i, (rule, slots) in enumerate(
+                    zip(self.rules, self.slots[layer], strict=True)
+                )
             ]
-            # [P, R, Hkv, G, D] to [N, Hq, 1, D].
-            return torch.cat(parts).flatten(0, 1).flatten(1, 2)[:, :, None]
+            # P times [R, Hkv, G, D] to [P x R, Hq, 1, D].
+            return torch.cat(parts).flatten(1, 2)[:, :, None]
 
         logits = self.model.forward(tokens.reshape(-1, 1), self.t, attend)
         self.t += 1
         return logits.unflatten(0, tokens.shape)
-
-
-def _copied(slots: Slots, copies: int) -> Slots:
-    return Slots(
-        *(field.expand(copies, *field.shape[1:]) for field in vars(slots).values())
-    )
 
 
 def force(
@@ -114,22 +89,17 @@ def force(
         float32 [P, R, n], n the length of the longest; 0 beyond the others' ends.
 
     """
-    longest = max(map(len, continuations))
-    wanted = torch.zeros(len(continuations), longest, dtype=torch.int64)
-    mask = torch.zeros(len(continuations), longest, dtype=torch.bool)
-    for row, tokens in enumerate(continuations):
-        wanted[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = True
-    count, copies = len(rules), len(continuations)
-    decoder = Decoder(model, read, rules, reduced, copies, longest)
-    logits = read.logits.expand(count, copies, -1)
+    wanted = pad_sequence([torch.tensor(x) for x in continuations], batch_first=True)
+    lengths = torch.tensor([len(x) for x in continuations])
+    decoder = Decoder(model, read, rules, reduced, len(wanted))
+    logits = read.logits.expand(len(rules), len(wanted), -1)
     found = []
-    for step in range(longest):
-        every = wanted[:, step].expand(count, -1)
-        found.append(logits.log_softmax(-1).gather(-1, every[..., None])[..., 0])
-        if step + 1 < longest:
-            logits = decoder.step(every)
-    return torch.stack(found, -1) * mask
+    for step, tokens in enumerate(wanted.T):
+        if step:
+            logits = decoder.step(wanted[:, step - 1].expand(len(rules), -1))
+        every = tokens.expand(len(rules), -1)[..., None]
+        found.append(logits.log_softmax(-1).gather(-1, every)[..., 0])
+    return torch.stack(found, -1) * (torch.arange(wanted.shape[1]) < lengths[:, None])
 
 
 def generate(
@@ -137,50 +107,34 @@ def generate(
     read: Prefill,
     rules: Sequence[Rule],
     reduced: Reduced,
-    opening: list[int],
-    free: int,
-    ended: Callable[[list[int]], bool],
-) -> list[tuple[list[int], list[float]]]:
-    """Greedy answers after forced opening words.
-
-    Args:
-        model: The model.
-        read: The prompt.
-        rules: The rules.
-        reduced: What they keep of the prompt.
-        opening: Forced first tokens.
-        free: Tokens that may follow.
-        ended: Whether an answer is complete.
-
-    Returns:
-        Per rule, the tokens of the answer without its opening, and their
-        log-probabilities.
-
-    """
-    steps = len(opening) + free
-    decoder = Decoder(model, read, rules, reduced, 1, steps)
+    sample: Sample,
+) -> list[Output]:
+    """Greedy answers of every rule after the sample's forced opening words."""
+    ended = _end(model, sample)
+    decoder = Decoder(model, read, rules, reduced, 1)
     logits = read.logits.expand(len(rules), 1, -1)
     answers: list[tuple[list[int], list[float]]] = [([], []) for _ in rules]
     done = [False] * len(rules)
-    for step in range(steps):
-        if step < len(opening):
-            chosen = torch.full((len(rules), 1), opening[step])
-        else:
-            chosen = logits.argmax(-1)
-            sure = logits.log_softmax(-1).gather(-1, chosen[..., None]).flatten()
-            for row, (tokens, logprobs) in enumerate(answers):
-                if not done[row]:
-                    tokens.append(int(chosen[row, 0]))
-                    logprobs.append(float(sure[row]))
-                    done[row] = ended(tokens)
-        if all(done) or step + 1 == steps:
+    for token in sample.opening:
+        logits = decoder.step(torch.full((len(rules), 1), token))
+    for left in reversed(range(sample.free)):
+        sure, chosen = logits.log_softmax(-1).max(-1)
+        for row, (tokens, logprobs) in enumerate(answers):
+            if not done[row]:
+                tokens.append(int(chosen[row]))
+                logprobs.append(float(sure[row]))
+                done[row] = ended(tokens)
+        if all(done) or not left:
             break
         logits = decoder.step(chosen)
-    return answers
+    return [
+        Output(_until(model, sample, tokens), tokens, logprobs)
+        for tokens, logprobs in answers
+    ]
 
 
 def answer(model: OfflineModel, sample: Sample, rules: Sequence[Rule]) -> list[Output]:
-    """Output of every rule; those of one budget must stand side by side.
+    """Output of every rule.
 
     As `hashevict_vllm.eval.engine.answer`: the same requests, scored alike.
     """
@@ -188,19 +142,7 @@ def answer(model: OfflineModel, sample: Sample, rules: Sequence[Rule]) -> list[O
     reduced = reduce_prompt(model, read, rules, len(sample.prompt))
     outputs = [Output() for _ in rules]
     if sample.free:
-        found = generate(
-            model,
-            read,
-            rules,
-            reduced,
-            sample.opening,
-            sample.free,
-            _end(model, sample),
-        )
-        outputs = [
-            Output(_until(model, sample, tokens), tokens, logprobs)
-            for tokens, logprobs in found
-        ]
+        outputs = generate(model, read, rules, reduced, sample)
     if sample.forced:
         tokens = [continuation.tokens for continuation in sample.forced]
         forced = force(model, read, rules, reduced, tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,9 +24,8 @@ class PromptLayer:
         k: float32 [Hkv, T, D], after RoPE.
         v: float32 [Hkv, T, D].
         scale: Softmax scale.
-        special: bool [T], the tokenizer's special tokens.
-        punctuation: bool [T], tokens of punctuation and white space only.
-        rotation: Positions int64 [n] to RoPE's cosines and sines, float32 [n, D] each.
+        module: The attention module of transformers.
+        hidden: What it was given, [1, T, E] in the model's dtype.
         memo: What rules have computed and share between budgets.
 
     """
@@ -36,9 +34,8 @@ class PromptLayer:
     k: torch.Tensor
     v: torch.Tensor
     scale: float
-    special: torch.Tensor
-    punctuation: torch.Tensor
-    rotation: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    module: Any
+    hidden: torch.Tensor
     memo: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -61,17 +58,6 @@ class PromptLayer:
         """Attention that every token got from all queries; float32 [Hkv, T]."""
         return self.everything.sum(dim=(1, 2))
 
-    def plain_queries(self) -> torch.Tensor:
-        """Queries before RoPE; float32 [Hkv, G, T, D]."""
-        cos, sin = self.rotation(torch.arange(len(self)))
-        return self.q * cos - rotate_half(self.q) * sin
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """RoPE's quarter turn: the halves (a, b) of the last dimension become (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
-
 
 @dataclass
 class Prefill:
@@ -84,6 +70,7 @@ class Prefill:
         k: Per layer, [Hkv, T, D].
         v: Per layer, [Hkv, T, D].
         scale: Softmax scale.
+        hidden: Per layer, what its attention was given, [1, T, E].
 
     """
 
@@ -93,6 +80,7 @@ class Prefill:
     k: list[torch.Tensor]
     v: list[torch.Tensor]
     scale: float
+    hidden: list[torch.Tensor]
 
 
 def _attention(
@@ -129,10 +117,12 @@ class OfflineModel:
         # Registered first: transformers refuses names that it does not know.
         AttentionInterface.register(_ATTENTION, _attention)
         self.model.set_attn_implementation(_ATTENTION)
-        for module in self.model.modules():
-            if hasattr(module, "layer_idx"):
-                module.offline_model = self
-        self.num_layers = self.model.config.num_hidden_layers
+        self.modules = [layer.self_attn for layer in self.model.model.layers]
+        for module in self.modules:
+            module.offline_model = self
+            # Some methods of kvpress look for it there.
+            module.rotary_emb = self.model.model.rotary_emb
+        self.num_layers = len(self.modules)
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor, start: int, attend: Attend) -> torch.Tensor:
@@ -159,7 +149,7 @@ class OfflineModel:
 
     def prefill(self, tokens: list[int]) -> Prefill:
         """Read a prompt with exact causal attention and keep every q, k and v."""
-        read = Prefill(tokens, torch.empty(0), [], [], [], 1.0)
+        read = Prefill(tokens, torch.empty(0), [], [], [], 1.0, [])
 
         def attend(
             _: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -172,35 +162,27 @@ class OfflineModel:
                 q, k, v, is_causal=True, scale=scale, enable_gqa=True
             )
 
-        read.logits = self.forward(torch.tensor([tokens]), 0, attend)[0]
+        def see(_: Any, args: Any, named: dict[str, Any]) -> None:
+            read.hidden.append(named["hidden_states"])
+
+        hooks = [
+            module.register_forward_pre_hook(see, with_kwargs=True)
+            for module in self.modules
+        ]
+        try:
+            read.logits = self.forward(torch.tensor([tokens]), 0, attend)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
         return read
 
     def layer(self, read: Prefill, index: int, length: int) -> PromptLayer:
         """One layer's view of the first `length` tokens of a prefill."""
-        ids = torch.tensor(read.tokens[:length])
         return PromptLayer(
             read.q[index][:, :, :length].float(),
             read.k[index][:, :length].float(),
             read.v[index][:, :length].float(),
             read.scale,
-            self.kinds[0][ids],
-            self.kinds[1][ids],
-            self.rotation,
+            self.modules[index],
+            read.hidden[index][:, :length],
         )
-
-    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """RoPE's cosines and sines, float32 [n, D], of int64 positions [n]."""
-        cos, sin = self.model.model.rotary_emb(torch.empty(1), positions[None])
-        return cos[0], sin[0]
-
-    @cached_property
-    def kinds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which ids are special tokens, which are punctuation; bool [V] each."""
-        size = self.model.config.vocab_size
-        special, punctuation = torch.zeros(2, size, dtype=torch.bool)
-        special[self.tokenizer.all_special_ids] = True
-        marks = set(string.punctuation + string.whitespace)
-        for token in range(min(size, len(self.tokenizer))):
-            text = self.tokenizer.decode([token])
-            punctuation[token] = bool(text) and set(text) <= marks
-        return special, punctuation & ~special

@@ -46,12 +46,7 @@ class OfflineRunner:
     def run(self, rules: Sequence[Rule], tasks: Sequence[str], length: int) -> None:
         """Run every task under every rule, sample 0 of all tasks first."""
         ordered = [Full(NO_LIMIT), *sorted(rules, key=lambda rule: rule.budget)]
-        made = {
-            task: TASKS[task].samples(
-                self.samples, length, self.seed, self.model.tokenizer
-            )
-            for task in tasks
-        }
+        made = {task: self.samples_of(task, length) for task in tasks}
         with tqdm(total=self.samples * len(tasks), unit="sample") as bar:
             for index in range(self.samples):
                 for task in tasks:
@@ -59,10 +54,16 @@ class OfflineRunner:
                     self._run_sample(ordered, task, length, made[task][index])
                     bar.update()
 
+    def samples_of(self, task: str, length: int) -> list[Sample]:
+        """The samples of a task."""
+        return TASKS[task].samples(
+            self.samples, length, self.seed, self.model.tokenizer
+        )
+
     def _run_sample(
         self, rules: Sequence[Rule], task: str, length: int, sample: Sample
     ) -> None:
-        keys = [self._key(rule, task, length, sample.index) for rule in rules]
+        keys = [self.key(rule, task, length, sample.index) for rule in rules]
         if TASKS[task].uses_reference:
             # The gold answer is the full cache's, which has to be known first.
             if self.store.find(keys[0]) is None:
@@ -101,7 +102,8 @@ class OfflineRunner:
             for rule, key, output in zip(rules, keys, outputs, strict=True)
         )
 
-    def _key(self, rule: Rule, task: str, length: int, index: int) -> Record:
+    def key(self, rule: Rule, task: str, length: int, index: int) -> Record:
+        """What a result is filed under."""
         return {
             "model": Path(self.path).name,
             "dtype": self.dtype,

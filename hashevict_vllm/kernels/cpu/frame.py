@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16, FLOAT32
+from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16, FLOAT32, PARALLEL
 from hashevict_vllm.kernels.cpu.hash import hash_row
 from hashevict_vllm.kernels.cpu.jit import inlined
 from hashevict_vllm.kernels.cpu.slots import (
@@ -22,7 +22,6 @@ from hashevict_vllm.kernels.cpu.slots import (
     word_of,
 )
 from hashevict_vllm.kernels.cpu.vector import LANES, sum_of_run
-from hashevict_vllm.policies.frame import PARALLEL
 
 AT_ONCE = 16
 """Slots that are described together where tokens come one by one.

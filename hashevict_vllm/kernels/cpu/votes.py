@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from hashevict_vllm.kernels.codes import AHEAD, SMOOTH
 from hashevict_vllm.kernels.cpu.ballot import (
     WIDTH,
     add_rows,
@@ -27,7 +28,6 @@ from hashevict_vllm.kernels.cpu.slots import (
     word_of,
 )
 from hashevict_vllm.kernels.cpu.tokens import load_queries
-from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
 BALLOT_AHEAD = 8
 """Blocks that are asked for ahead of the estimate of their logits."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.codes import PARALLEL
 from hashevict_vllm.kernels.triton.pieces import COUNT, NUM_COLUMNS, REQUEST, START
-from hashevict_vllm.policies.frame import PARALLEL
 
 FRAME_VECTORS = tl.constexpr(3)
 """Centre and two axes."""

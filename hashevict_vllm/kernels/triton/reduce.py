@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hashevict_vllm.kernels.codes import AHEAD, SMOOTH
 from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
@@ -18,7 +19,6 @@ from hashevict_vllm.kernels.triton.mark import (
 )
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.kernels.triton.votes import vote_kernel
-from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
 
 def projections(

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
+from hashevict_vllm.eval.offline.rules import press, vote
 from hashevict_vllm.eval.offline.rules.base import Full, PromptOnly, Rule
-from hashevict_vllm.eval.offline.rules.expected_attention import ExpectedAttention
-from hashevict_vllm.eval.offline.rules.fastgen import FastGen
-from hashevict_vllm.eval.offline.rules.h2o import H2O, ObservedAttention
-from hashevict_vllm.eval.offline.rules.policy import (
-    KeyDiff,
-    L2Norm,
-    Paper,
-    PolicyRule,
-    Random,
-    Reference,
-    StreamingLLM,
-)
+from hashevict_vllm.eval.offline.rules.h2o import H2O
 from hashevict_vllm.eval.offline.rules.scissorhands import Scissorhands
-from hashevict_vllm.eval.offline.rules.snapkv import SnapKV, SnapKVPress
-from hashevict_vllm.eval.offline.rules.tova import TOVA
-from hashevict_vllm.eval.offline.rules.vote import (
-    CosineVoteRule,
-    ExactVoteRule,
-    HammingVoteRule,
-    VoteRule,
-    WholeVoteRule,
-)
 
-BASELINES: dict[str, type[Rule]] = {
-    "vote": VoteRule,
-    "vote-exact": ExactVoteRule,
-    "vote-cosine": CosineVoteRule,
-    "vote-whole": WholeVoteRule,
-    "vote-hamming": HammingVoteRule,
+RULES: dict[str, type[Rule]] = {
+    "vote": vote.VoteRule,
+    "vote-exact": vote.ExactVoteRule,
+    "vote-cosine": vote.CosineVoteRule,
+    "vote-whole": vote.WholeVoteRule,
+    "vote-hamming": vote.HammingVoteRule,
     "h2o": H2O,
-    "observed-attention": ObservedAttention,
     "scissorhands": Scissorhands,
-    "fastgen": FastGen,
-    "snapkv": SnapKV,
-    "snapkv-press": SnapKVPress,
-    "tova": TOVA,
-    "expected-attention": ExpectedAttention,
+    "observed-attention": press.ObservedAttention,
+    "snapkv": press.SnapKV,
+    "snapkv-press": press.SnapKVPress,
+    "tova": press.TOVA,
+    "expected-attention": press.ExpectedAttention,
 }
-"""What no engine serves, and our own rule to compare them with."""
+"""What no engine serves, and our own rule to compare them with: ``--rules``."""
 
-SERVED: dict[str, type[Rule]] = {
-    "paper": Paper,
-    "reference": Reference,
-    "streaming_llm": StreamingLLM,
-    "l2_norm": L2Norm,
-    "key_diff": KeyDiff,
-    "random": Random,
-}
-"""What the engine serves as well; here for attention fidelity."""
-
-RULES = {**BASELINES, **SERVED}
-"""What ``--rules`` takes."""
-
-__all__ = ["BASELINES", "RULES", "Full", "PolicyRule", "PromptOnly", "Rule", "VoteRule"]
+__all__ = ["RULES", "Full", "PromptOnly", "Rule"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from hashevict_vllm.eval.offline.model import PromptLayer
-from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
+from hashevict_vllm.eval.offline.slots import Slots, Step
 
 SINKS = 4
 """First tokens that prompt-only rules keep in decode: no method does without them."""
@@ -44,23 +44,33 @@ class Rule(ABC):
         """The most recent tokens, not evicted in decode."""
         return 0
 
-    def keep(self, prompt: PromptLayer) -> Kept:
-        """What of a prompt is kept at its end; all of it if it fits."""
-        stat, score, flag = self.judge(prompt)
+    def keep(self, prompt: PromptLayer) -> Slots:
+        """What of a prompt is kept at its end, R = 1; all of it if it fits."""
+        stat, score = self.judge(prompt)
         index = top(score, min(self.budget, len(prompt)))
-        return Kept(index, stat.gather(1, index), flag)
+        return Slots.chosen(prompt.k, prompt.v, index, stat)
 
     @abstractmethod
-    def judge(
-        self, prompt: PromptLayer
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Judge the tokens of a prompt.
 
         Returns:
             The statistics that decode goes on with, float32 [Hkv, T]; the scores of
-            which the largest are kept, float32 [Hkv, T]; flags, bool [Hkv].
+            which the largest are kept, float32 [Hkv, T].
 
         """
+
+    def step(self, slots: Slots, step: Step) -> torch.Tensor:
+        """Append or evict, then attend; float32 [R, Hkv, G, D]."""
+        self.before(slots, step)
+        if len(slots) < self.budget:
+            slots.append(step, self.fresh)
+        else:
+            slots.overwrite(self.victims(slots, step), step, self.fresh)
+        logits = step.q @ slots.k.transpose(-1, -2)
+        weights = logits.mul_(step.scale).softmax(-1)
+        self.after(slots, weights, step)
+        return weights @ slots.v
 
     def before(self, slots: Slots, step: Step) -> None:  # noqa: B027 (optional)
         """Look at a new token before anything is evicted for it; may change stat."""
@@ -95,15 +105,13 @@ class PromptOnly(Rule):
     def score(self, prompt: PromptLayer) -> torch.Tensor:
         """Scores of the tokens of a prompt, float32 [Hkv, T]; the largest are kept."""
 
-    def judge(
-        self, prompt: PromptLayer
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule.judge`; the same for every budget."""
         name = (type(self), self.label)
         if name not in prompt.memo:
             prompt.memo[name] = self.score(prompt)
         score = prompt.memo[name]
-        return score, score, no_flags(prompt)
+        return score, score
 
 
 class Full(Rule):
@@ -116,17 +124,10 @@ class Full(Rule):
         """Not those of the engine's full cache, which rounds otherwise."""
         return {"name": "full", "way": "offline"}
 
-    def judge(
-        self, prompt: PromptLayer
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule.judge`."""
         zeros = torch.zeros(prompt.k.shape[:2])
-        return zeros, zeros, no_flags(prompt)
-
-
-def no_flags(prompt: PromptLayer) -> torch.Tensor:
-    """Flags [Hkv] of a rule that has none."""
-    return torch.zeros(len(prompt.k), dtype=torch.bool)
+        return zeros, zeros
 
 
 def top(score: torch.Tensor, n: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hashevict_vllm.eval.offline.model import PromptLayer
-from hashevict_vllm.eval.offline.rules.base import PromptOnly, Rule, no_flags
+from hashevict_vllm.eval.offline.rules.base import Rule
 from hashevict_vllm.eval.offline.slots import Slots, Step
 
 
@@ -24,29 +24,12 @@ class H2O(Rule):
         """Half of the budget, as in the paper's experiments."""
         return self.budget // 2
 
-    def judge(
-        self, prompt: PromptLayer
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule.judge`."""
         score = prompt.received.clone()
         score[:, max(0, len(prompt) - self.recent) :] = float("inf")
-        return prompt.received, score, no_flags(prompt)
+        return prompt.received, score
 
     def after(self, slots: Slots, weights: torch.Tensor, step: Step) -> None:
         """Accumulate."""
         slots.stat.add_(weights.sum(2))
-
-
-class ObservedAttention(PromptOnly):
-    """kvpress's ``ObservedAttentionPress``: mean attention by the queries that saw it.
-
-    What kvpress 0.5.5 has for H2O: a mean instead of a sum, no recent window, and
-    nothing in decode.
-    """
-
-    label = "ObservedAttention (offline)"
-
-    def score(self, prompt: PromptLayer) -> torch.Tensor:
-        """See `PromptOnly.score`."""
-        group = prompt.q.shape[1]
-        return prompt.received / group / torch.arange(len(prompt), 0, -1)

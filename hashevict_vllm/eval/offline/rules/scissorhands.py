@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hashevict_vllm.eval.offline.model import PromptLayer
-from hashevict_vllm.eval.offline.rules.base import Rule, no_flags
+from hashevict_vllm.eval.offline.rules.base import Rule
 from hashevict_vllm.eval.offline.slots import Slots, Step
 
 HISTORY = 400
@@ -31,9 +31,7 @@ class Scissorhands(Rule):
         """See `RECENT`."""
         return RECENT
 
-    def judge(
-        self, prompt: PromptLayer
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule.judge`."""
         n, window = len(prompt), min(HISTORY, len(prompt))
         mean = prompt.everything[:, :, n - window :].mean(1)
@@ -42,7 +40,7 @@ class Scissorhands(Rule):
         stat = -((mean < 1 / size) & seen).sum(1).float()
         score = stat.clone()
         score[:, max(0, n - RECENT) :] = float("inf")
-        return stat, score, no_flags(prompt)
+        return stat, score
 
     def after(self, slots: Slots, weights: torch.Tensor, step: Step) -> None:
         """Count who got less than the average over the live slots."""

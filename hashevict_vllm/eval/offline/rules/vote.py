@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
 import torch
 
+from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.eval.offline.model import PromptLayer
-from hashevict_vllm.eval.offline.rules.base import Rule, no_flags
-from hashevict_vllm.eval.offline.rules.policy import PolicyRule, live_slots
-from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
+from hashevict_vllm.eval.offline.rules.base import Rule
+from hashevict_vllm.eval.offline.slots import Slots, Step
+from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
 from hashevict_vllm.policies.frame import KeyFrame
@@ -79,26 +81,44 @@ class HammingVote(Vote):
         return along @ described.along.transpose(1, 2) + cosine * norms
 
 
-class VoteRule(PolicyRule):
-    """The served default; its prompts are judged by votes instead of a replay."""
+class VoteRule(Rule):
+    """The served default, for prompts that are held until their end.
+
+    The votes are the policy's own code, and so are the victims.
+
+    Args:
+        budget: C.
+        seed: Seed of the projection.
+
+    """
 
     label = "vote (offline)"
-    choice: ClassVar[dict[str, Any]] = {"name": "hashevict", "scoring": "vote"}
     vote: ClassVar[type[Vote]] = Vote
-    hashes = True
-    rule: Vote
 
-    def make(self) -> Vote:
-        """The rule with this class's estimate."""
-        return self.vote(self.policy)
+    def __init__(self, budget: int, seed: int = 0) -> None:
+        super().__init__(budget)
+        choice = {"name": "hashevict", "scoring": "vote", "segment": "prompt"}
+        config = KVPolicyConfig.from_dict({**choice, "seed": seed, "budget": budget})
+        # No prompt is longer than this; a block of 16 lets small budgets pass.
+        self.policy = config.resolve(max_model_len=1 << 20, block_size=16)
+        self.rule = self.vote(self.policy)
 
-    def keep(self, prompt: PromptLayer) -> Kept:
-        """One selection."""
-        return Rule.keep(self, prompt)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The policy's as well."""
+        return {**super().options, "policy": dataclasses.asdict(self.policy)}
 
-    def judge(
-        self, prompt: PromptLayer
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @property
+    def recent(self) -> int:
+        """The policy's share of the budget."""
+        return self.policy.recent
+
+    def projection(self, head_dim: int) -> torch.Tensor:
+        """The projection [D, b]."""
+        bits = self.rule.projected_bits
+        return make_projection(head_dim, bits, self.policy.seed, self.policy.orthogonal)
+
+    def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Votes of the prompt's last queries, pooled; as `Vote.survivors`.
 
         Budgets share the votes; what is protected depends on the budget.
@@ -114,7 +134,7 @@ class VoteRule(PolicyRule):
         score = votes.clone()
         score[:, : self.policy.sinks] = float("inf")
         score[:, max(0, len(prompt) - self.recent) :] = float("inf")
-        return votes, score, no_flags(prompt)
+        return votes, score
 
     def _votes(
         self, prompt: PromptLayer, position: torch.Tensor, voters: range
@@ -132,15 +152,21 @@ class VoteRule(PolicyRule):
     def before(self, slots: Slots, step: Step) -> None:
         """Ballot, every ``vote_every`` tokens."""
         if self.policy.voters(step.t, step.t + 1, step.prompt_len):
-            live, r = live_slots(slots, None), self.projection(slots.k.shape[-1])
+            live, r = live_slots(slots), self.projection(slots.k.shape[-1])
             self.rule.vote(step.q.flatten(0, 1), live, r, step.scale, step.t)
             slots.stat.copy_(live.votes.view_as(slots.stat))
 
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:
         """The policy's own victims: votes are all that its score reads."""
         none = torch.empty(0)
-        victim = self.rule.victim(none, none, live_slots(slots, None), step.t)
+        victim = self.rule.victim(none, none, live_slots(slots), step.t)
         return victim.view(slots.stat.shape[:2])
+
+
+def live_slots(slots: Slots) -> LiveSlots:
+    """The same slots as the policy knows them: R × Hkv heads, no signatures."""
+    k, v, position, stat = (field.flatten(0, 1) for field in vars(slots).values())
+    return LiveSlots(k, v, k.new_empty(*k.shape[:2], 0).bool(), position, stat)
 
 
 class ExactVoteRule(VoteRule):
@@ -148,7 +174,6 @@ class ExactVoteRule(VoteRule):
 
     label = "vote, exact logits (offline)"
     vote = ExactVote
-    hashes = False
 
 
 class CosineVoteRule(VoteRule):
@@ -156,7 +181,6 @@ class CosineVoteRule(VoteRule):
 
     label = "vote, exact cosine (offline)"
     vote = CosineVote
-    hashes = False
 
 
 class WholeVoteRule(VoteRule):
