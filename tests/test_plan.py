@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from support.oracle import resolve
 
 from hashevict_vllm.attention.cpu.metadata import round_arrays
-from hashevict_vllm.attention.plan import Piece, cut_chunk, occupied_slots
+from hashevict_vllm.attention.plan import (
+    MAX_ROUNDS,
+    Piece,
+    cut_chunk,
+    limit_chunk,
+    occupied_slots,
+)
 from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
 
 policies = st.builds(
@@ -97,6 +103,21 @@ def test_a_prompt_within_the_budget_is_one_piece_like_stock(policy, n: int) -> N
     n = min(n, policy.budget)
     (piece,) = cut_chunk(policy, 0, 0, 0, n, n)
     assert (piece.slot, piece.count, piece.evict, piece.compact) == (0, n, False, False)
+
+
+@given(policies, st.integers(1, 700), st.integers(0, 900), st.integers(0, 900))
+def test_a_chunk_is_cut_to_the_most_tokens_that_few_rounds_take(
+    policy,  # type: ignore[no-untyped-def]
+    prompt_len: int,
+    start: int,
+    count: int,
+) -> None:
+    def num_rounds(tokens: int) -> int:
+        return len(list(cut_chunk(policy, 0, 0, start, start + tokens, prompt_len)))
+
+    limited = limit_chunk(policy, start, count, prompt_len)
+    assert num_rounds(limited) <= MAX_ROUNDS
+    assert limited == count or num_rounds(limited + 1) == MAX_ROUNDS + 1
 
 
 requests_of_a_step = st.lists(
