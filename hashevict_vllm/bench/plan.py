@@ -36,8 +36,9 @@ def run(options: argparse.Namespace, results: Results) -> None:
     builder = make_builder(options)
     for requests in options.requests:
         parts: dict[str, timing.Part] = {}
-        # Of a prompt: none, a chunk within a segment, one across its end.
-        starts = {"decode": None, "and a chunk": 1024, "across segments": 3968}
+        # Of a prompt: none, its first chunk, one across the end of its first segment.
+        across = options.segment - options.chunk // 2
+        starts = {"decode": None, "and a chunk": 0, "across segments": across}
         for name, start in starts.items():
             batch = make_batch(requests, start, options)
             plan, stock = planners(builder, batch)

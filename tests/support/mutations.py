@@ -199,9 +199,13 @@ def judge(mutation: Mutation, seconds: float) -> tuple[bool, str]:
         took = time.monotonic() - start
     verdicts = {1: "noticed", 0: "NOT NOTICED", None: "TOO SLOW"}
     verdict = verdicts.get(status, f"BROKEN (exit status {status})")
-    tests = " ".join(mutation.tests)
-    row = f"| {mutation.name} | `{mutation.file}` | `{tests}` | {verdict} | {took:.0f} s |"
-    return status == 1, row
+    cells = (
+        mutation.name,
+        f"`{mutation.file}`",
+        f"`{' '.join(mutation.tests)}`",
+        f"{verdict}, {took:.0f} s",
+    )
+    return status == 1, f"| {' | '.join(cells)} |"
 
 
 def check_unchanged(mutations: list[Mutation]) -> bool:
@@ -228,7 +232,7 @@ def main() -> None:
         parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
     chosen = [m for m in MUTATIONS if m.name in options.names or not options.names]
     passed = check_unchanged(chosen)
-    print("| Mutation | File | Tests | | |\n|---|---|---|---|---|")
+    print("| Mutation | File | Tests | |\n|---|---|---|---|")
     for mutation in chosen:
         try:
             noticed, row = judge(mutation, options.seconds)
