@@ -121,6 +121,15 @@ def test_engines_decode_step_by_step_in_turn(tmp_path: Path) -> None:
     assert {row["ratio"]["n"] for row in (stock, again, ours)} == {12 - 2 - 1}
 
 
+def test_the_plan_of_a_step_is_timed_beside_stocks(tmp_path: Path, llama: Path) -> None:
+    model = ("--model", str(llama), "--segment", "512")
+    small = ("--requests", "3", "--chunk", "200", "--budget", "256", "--repeats", "2")
+    (row,) = run(tmp_path, "plan", *model, *small)["rows"]
+    names = ("decode", "and a chunk", "across segments")
+    assert row["seconds"].keys() == {*names, *(f"stock, {name}" for name in names)}
+    assert {spread["n"] for spread in row["seconds"].values()} == {2}
+
+
 def test_a_peer_without_kvpress_is_refused_in_one_sentence(tmp_path: Path) -> None:
     for python in ("/bin/false", sys.executable):
         with pytest.raises(SystemExit, match="--peer-python: ") as refused:

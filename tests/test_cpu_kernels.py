@@ -9,11 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from support.oracle import resolve
 from support.paged import POISON, PagedLayer
 
 from hashevict_vllm.kernels.cpu import hash as cpu_hash
+from hashevict_vllm.kernels.cpu.borrow import borrowed
 from hashevict_vllm.kernels.cpu.frame import AT_ONCE
+from hashevict_vllm.kernels.cpu.layer import pages_of, rule_of
+from hashevict_vllm.kernels.cpu.votes import mark_losers
 from hashevict_vllm.kernels.projection import make_projection, num_words
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
 from hashevict_vllm.policies.frame import KeyFrame
@@ -225,3 +229,41 @@ def test_signatures_equal_the_oracle_at_zero_and_for_extreme_values() -> None:
             cpu_hash.hash_row(row.numpy(), projection.numpy().ravel(), dots, out)
         expected = pack_bits(signature_bits(rows.nan_to_num(), projection))
         assert torch.equal(torch.from_numpy(words), expected)
+
+
+def open_segment(policy: dict[str, Any]) -> PagedLayer:
+    """60 tokens of a segment of 64, more than a budget of 48 without sinks."""
+    common = {"budget": 48, "segment": 64, "sinks": 0}
+    torch.manual_seed(0)
+    layer = PagedLayer(
+        resolve({**common, **policy}), [200], [200], 1, 32, 32, DTYPES[0]
+    )
+    layer.step([tuple(torch.randn(60, 1, 32) for _ in "qkv")])
+    return layer
+
+
+MARKED = [~position for position in reversed(range(12))] + list(range(12, 60))
+"""Positions, ascending, once the twelve oldest of `open_segment` are victims."""
+
+
+def test_victims_are_marked_with_the_complement_so_that_position_0_is_too() -> None:
+    layer = open_segment({"name": "streaming_llm"})
+    assert layer.live(0)[0][0].tolist() == MARKED
+
+
+def test_losers_of_a_ballot_are_marked_with_the_complement_as_well() -> None:
+    layer = open_segment({"scoring": "vote", "window": 1})
+    pages = layer.pages
+    where = (pages.elements, pages.tail, layer.k_map, layer.v_map)
+    geometry = pages.kernel_geometry
+    numbers = (layer.rule, layer.projection, geometry[8], layer.strengths)
+    # Nobody has voted yet: ties keep the newer slots.
+    _mark_losers((*where, geometry), numbers, layer.block_table, 60, 48)
+    assert layer.live(0)[0][0].tolist() == MARKED
+
+
+@njit
+def _mark_losers(where, numbers, block_table, num_slots, budget):  # type: ignore[no-untyped-def]
+    pages, rule = pages_of(*where), rule_of(*numbers)
+    blocks = borrowed(block_table)[0]
+    mark_losers(pages, rule, blocks, num_slots, 0, num_slots, budget)

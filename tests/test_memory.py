@@ -11,6 +11,7 @@ from support.engine import engine, greedy, runner_of, scheduler_of
 from support.models import random_prompt
 from support.oracle import resolve
 
+from hashevict_vllm.attention.plan import occupied_slots
 from hashevict_vllm.cache.page import tail_bytes
 from hashevict_vllm.policies import make_rule
 
@@ -66,6 +67,9 @@ def test_blocks_held_never_exceed_the_contract(
                     reading = min(request.num_prompt_tokens, resolved.budget + scratch)
                     bound = max(bound, -(-reading // BLOCK))
                 assert held <= bound
+                # Nor less than what the worker has in use.
+                counts = request.num_computed_tokens, request.num_prompt_tokens
+                assert held * BLOCK >= occupied_slots(resolved, *counts)
         assert free_blocks(llm) == before
     assert steps > 250
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import zip_longest
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.oracle import resolve
 
-from hashevict_vllm.attention.cpu.decode import decode_arrays
-from hashevict_vllm.attention.cpu.metadata import _round_arrays
-from hashevict_vllm.attention.plan import Piece, cut_chunk, occupied_slots
+from hashevict_vllm.attention.cpu.metadata import round_arrays
+from hashevict_vllm.attention.plan import (
+    MAX_ROUNDS,
+    Piece,
+    cut_chunk,
+    limit_chunk,
+    occupied_slots,
+)
+from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
 
 policies = st.builds(
     lambda budget, segment: resolve(
@@ -98,27 +105,85 @@ def test_a_prompt_within_the_budget_is_one_piece_like_stock(policy, n: int) -> N
     assert (piece.slot, piece.count, piece.evict, piece.compact) == (0, n, False, False)
 
 
-@given(
-    policies,
-    st.sampled_from(["vote", "instant"]),
-    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 400)), min_size=1),
+@given(policies, st.integers(1, 700), st.integers(0, 900), st.integers(0, 900))
+def test_a_chunk_is_cut_to_the_most_tokens_that_few_rounds_take(
+    policy,  # type: ignore[no-untyped-def]
+    prompt_len: int,
+    start: int,
+    count: int,
+) -> None:
+    def num_rounds(tokens: int) -> int:
+        return len(list(cut_chunk(policy, 0, 0, start, start + tokens, prompt_len)))
+
+    limited = limit_chunk(policy, start, count, prompt_len)
+    assert num_rounds(limited) <= MAX_ROUNDS
+    assert limited == count or num_rounds(limited + 1) == MAX_ROUNDS + 1
+
+
+requests_of_a_step = st.lists(
+    st.tuples(  # length of the prompt, tokens computed before, tokens of the step
+        st.integers(1, 700),
+        st.integers(0, 900),
+        st.one_of(st.integers(0, 3), st.integers(0, 400)),
+    ),
+    min_size=1,
+    max_size=6,
 )
-def test_a_decode_step_is_planned_at_once_as_it_is_piece_by_piece(
+
+
+@given(policies, st.sampled_from(["vote", "instant"]), requests_of_a_step)
+@example(resolve({"budget": 128, "segment": 64}), "vote", [(4096, 0, 4096)])
+@example(resolve({"budget": 128, "segment": 64}), "vote", [(9, 127, 1), (9, 128, 1)])
+def test_a_step_is_cut_at_once_as_it_is_piece_by_piece(
     policy,  # type: ignore[no-untyped-def]
     scoring: str,
-    requests: list[tuple[int, int]],
+    requests: list[tuple[int, int, int]],
 ) -> None:
     policy = dataclasses.replace(policy, scoring=scoring, sinks=4)
-    pieces, positions = [], []
-    for row, (prompt_len, generated) in enumerate(requests):
-        position = prompt_len + generated
-        pieces += cut_chunk(policy, row, row, position, position + 1, prompt_len)
-        positions.append(position)
-    expected = _round_arrays(pieces, policy.budget)
-    found = decode_arrays(policy, np.array(positions))
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert np.array_equal(found[name], array), name
-    live = [piece.live_after_write for piece in pieces]
-    assert live == np.minimum(np.array(positions) + 1, policy.budget).tolist()
+    prompt_lens, begins, counts = np.array(requests, np.int32).T
+    starts, ends = np.array([0, *counts]).cumsum(), begins + counts
+    expected = [
+        cut_chunk(policy, i, starts[i], begins[i], ends[i], prompt_lens[i])
+        for i in range(len(requests))
+    ]
+    rounds = [
+        Pieces.of(piece for piece in together if piece is not None)
+        for together in zip_longest(*expected)
+    ]
+    found = cut_step(policy, starts, ends, prompt_lens)
+    assert len(found) == len(rounds)
+    for ours, pieces in zip(found, rounds, strict=True):
+        for name, array in vars(pieces).items():
+            assert np.array_equal(getattr(ours, name), array), name
+
+
+def test_the_tables_of_a_round_say_what_its_pieces_say() -> None:
+    policy = resolve({"budget": 128, "segment": 64, "sinks": 4, "recent": 8})
+    reads = Piece(request=1, start=192, count=64, row=1, slot=128, compact=True)
+    pieces = [
+        Piece(request=0, start=512, count=1, row=0, slot=128, evict=True, ballots=4),
+        dataclasses.replace(reads, first_voter=32),
+        Piece(request=3, start=7, count=2, row=70, slot=7, first_voter=2),
+    ]
+    arrays = round_arrays(Pieces.of(pieces), policy.budget)
+    tokens = [(p, i) for p in pieces for i in range(p.count)]
+    assert arrays["token_rows"].tolist() == [p.row + i for p, i in tokens]
+    assert arrays["positions"].tolist() == [p.start + i for p, i in tokens]
+    assert arrays["slots"].tolist() == [p.slot + i for p, i in tokens]
+    assert arrays["requests"].tolist() == [p.request for p, _ in tokens]
+    assert arrays["evict"].tolist() == [p.evict for p, _ in tokens]
+    assert arrays["voters"].tolist() == [p.evict for p, _ in tokens]
+    assert arrays["replay"].tolist() == [[1, 192, 64, 1, 128, 1, 32, 0]]
+    assert Pieces.of(pieces).query_start_loc().tolist() == [0, 1, 65, 67]
+    assert Pieces.of(pieces).live.tolist() == [p.live_after_write for p in pieces]
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    flags = {"evict": np.dtype(bool), "voters": np.dtype(bool)}
+    assert dtypes == dict.fromkeys(arrays, np.dtype(np.int32)) | flags
+
+
+def test_rows_that_lie_together_are_a_slice() -> None:
+    assert as_rows(np.arange(5), 5) is None
+    assert as_rows(np.arange(2, 5), 6) == slice(2, 5)
+    apart = as_rows(np.array([0, 2]), 3)
+    assert isinstance(apart, np.ndarray)
+    assert apart.tolist() == [0, 2]

@@ -13,8 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from hashevict_vllm.resolved import ResolvedKVPolicy
+
+MAX_ROUNDS = 32
+"""Most rounds of a step: replayed output, and prompts that are read token by token,
+would have one for every token."""
 
 
 def most_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
@@ -119,3 +124,16 @@ def cut_chunk(
             ballots=policy.vote_every if position >= prompt_len or segment == 1 else 0,
         )
         position = stop
+
+
+def limit_chunk(
+    policy: ResolvedKVPolicy, start: int, count: int, prompt_len: int
+) -> int:
+    """Tokens of a chunk of ``count`` from ``start`` on, cut to `MAX_ROUNDS` pieces.
+
+    For the scheduler: results do not depend on where chunks end.
+    """
+    if count <= MAX_ROUNDS:
+        return count
+    pieces = cut_chunk(policy, 0, 0, start, start + count, prompt_len)
+    return sum(piece.count for piece in islice(pieces, MAX_ROUNDS))

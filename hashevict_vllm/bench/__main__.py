@@ -14,6 +14,8 @@ COMMANDS = {
     "evict-parts": "what the eviction step of a layer consists of",
     "prefill-layer": "one layer reads a prompt, segment by segment",
     "capacity": "requests and context lengths that a pool holds",
+    "plan": "what planning a step costs, once for all layers",
+    "replay": "what others wait for while a preempted request is read again",
     "prefill": "a whole engine reads long prompts",
     "steps": "decode steps of whole engines, in turn",
     "serve": "a real `vllm serve` under `vllm bench serve`",

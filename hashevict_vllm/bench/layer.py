@@ -8,15 +8,14 @@ are those of `hashevict_vllm.attention`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 
 from hashevict_vllm.attention.cpu.constants import rule_array, vote_strengths
-from hashevict_vllm.attention.cpu.metadata import _round_arrays
-from hashevict_vllm.attention.plan import Piece, cut_chunk
+from hashevict_vllm.attention.cpu.metadata import round_arrays
+from hashevict_vllm.attention.rounds import cut_step
 from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels.cpu import launch
@@ -256,22 +255,22 @@ class BudgetedLayer:
             prompt_len: Length of every prompt.
 
         """
-        per_request: list[list[Piece]] = []
-        row = 0
-        for request, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            cut = cut_chunk(self.policy, request, row, start, start + count, prompt_len)
-            per_request.append(list(cut))
-            row += count
+        lens = [start + count for start, count in zip(starts, counts, strict=True)]
+        rounds = cut_step(
+            self.policy,
+            np.array([0, *counts]).cumsum(),
+            np.array(lens),
+            np.full(len(lens), prompt_len),
+        )
         steps = []
-        for together in zip_longest(*per_request):
-            pieces = [piece for piece in together if piece is not None]
+        for pieces in rounds:
             attention = Attention(
                 self.cache,
-                [piece.request for piece in pieces],
-                [piece.count for piece in pieces],
-                [piece.live_after_write for piece in pieces],
+                pieces.request.tolist(),
+                pieces.count.tolist(),
+                pieces.live.tolist(),
             )
-            arrays = _round_arrays(pieces, self.policy.budget)
+            arrays = round_arrays(pieces, self.policy.budget)
             rows = arrays["token_rows"]
             if rows[-1] - rows[0] + 1 != len(rows):
                 raise ValueError("rounds of several requests must be one token each")

@@ -13,6 +13,8 @@
     does so too, without a copy to or from the device.
 ``decode_graphs.py`` — both model runners
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
+``scheduler.py`` — the scheduler
+    cuts a chunk that would take a step of too many attention calls.
 ``engine_core.py`` — the engine core
     logs the capacity in plain words: tokens of budget and concurrent requests.
 ``request_stats.py`` — the engine's client
@@ -37,6 +39,7 @@ PATCHES = (
     "model_runner",
     "model_runner_v2",
     "decode_graphs",
+    "scheduler",
     "engine_core",
     "request_stats",
     "kernel_dispatcher",

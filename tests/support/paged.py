@@ -9,6 +9,7 @@ import torch
 
 from hashevict_vllm.attention.cpu.constants import rule_array, vote_strengths
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
+from hashevict_vllm.attention.rounds import Pieces
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels.cpu import launch
 from hashevict_vllm.kernels.cpu.team import find_team
@@ -86,9 +87,9 @@ class PagedLayer:
             self._round([piece for piece in together if piece is not None], q, k, v)
 
     def _round(self, pieces, q, k, v) -> None:  # type: ignore[no-untyped-def]
-        from hashevict_vllm.attention.cpu.metadata import _round_arrays
+        from hashevict_vllm.attention.cpu.metadata import round_arrays
 
-        arrays = _round_arrays(pieces, self.policy.budget)
+        arrays = round_arrays(Pieces.of(pieces), self.policy.budget)
         common = (
             self.block_table,
             self.projection,

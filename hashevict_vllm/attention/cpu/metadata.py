@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +10,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hashevict_vllm.attention.cpu.constants import KernelConstants
-from hashevict_vllm.attention.cpu.decode import decode_arrays
-from hashevict_vllm.attention.plan import Piece, cut_chunk
-from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
+from hashevict_vllm.attention.lengths import first_layer, host_lens, host_prompt_lens
+from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,8 +24,7 @@ class Round:
     """One attention call: at most one piece of every request.
 
     Attributes:
-        rows: int64 [n], rows of q, k, v that take part; None for all, in order.
-        span: The rows as a slice, where they are consecutive.
+        rows: Rows of q, k, v that take part: int64 [n], or a slice; None for all.
         token_rows: int32 [n], the same rows for the kernels.
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to, or the number of live slots if evicting.
@@ -41,8 +37,7 @@ class Round:
 
     """
 
-    rows: torch.Tensor | None
-    span: slice | None
+    rows: torch.Tensor | slice | None
     token_rows: np.ndarray
     positions: np.ndarray
     slots: np.ndarray
@@ -71,32 +66,24 @@ class BudgetedMetadata:
     constants: KernelConstants
 
 
-def _round_arrays(pieces: Sequence[Piece], budget: int) -> dict[str, np.ndarray]:
-    """Token-wise and piece-wise arrays of one round."""
-    counts = np.array([piece.count for piece in pieces])
-    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+REPLAYED = (
+    *("request", "start", "count", "row", "slot"),
+    *("compact", "first_voter", "ballots"),
+)
+"""Columns of `Round.replay`."""
 
-    def per_token(values: list[int]) -> np.ndarray:
-        return np.repeat(np.array(values, np.int32), counts)
 
-    replay = [
-        (
-            *(p.request, p.start, p.count, p.row, p.slot),
-            *(p.compact, p.first_voter, p.ballots),
-        )
-        for p in pieces
-        if not p.evict and (p.slot + p.count > budget or p.first_voter < p.count)
-    ]
+def round_arrays(pieces: Pieces, budget: int) -> dict[str, np.ndarray]:
+    """Token-wise and piece-wise arrays of one round, as `Round` holds them."""
+    votes = pieces.evict & (pieces.first_voter == 0)
     return {
-        "token_rows": (per_token([p.row for p in pieces]) + within).astype(np.int32),
-        "positions": (per_token([p.start for p in pieces]) + within).astype(np.int32),
-        "slots": (per_token([p.slot for p in pieces]) + within).astype(np.int32),
-        "evict": np.repeat(np.array([p.evict for p in pieces]), counts),
-        "voters": np.repeat(
-            np.array([p.evict and p.first_voter == 0 for p in pieces]), counts
-        ),
-        "requests": per_token([p.request for p in pieces]),
-        "replay": np.array(replay, np.int32).reshape(-1, 8),
+        "token_rows": pieces.token_rows().astype(np.int32),
+        "positions": pieces.tokens(pieces.start).astype(np.int32),
+        "slots": pieces.tokens(pieces.slot).astype(np.int32),
+        "evict": pieces.per_token(pieces.evict),
+        "voters": pieces.per_token(votes),
+        "requests": pieces.per_token(pieces.request).astype(np.int32),
+        "replay": pieces.table(REPLAYED)[pieces.reduced(budget)],
     }
 
 
@@ -115,7 +102,7 @@ class BudgetedMetadataBuilderMixin:
     ) -> None:
         """Build the inner builder, then all that no request should wait for."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        layer = first_layer(vllm_config, layer_names)
         self.constants = KernelConstants.build(layer, kv_cache_spec)
 
     def build(
@@ -136,108 +123,44 @@ class BudgetedMetadataBuilderMixin:
 
         """
         common = common_attn_metadata
-        prompt_lens = common.rswa_prefix_lens
-        if prompt_lens is None:
-            prompt_lens = current_prompt_lens()
+        prompt_lens = host_prompt_lens(common)
         if prompt_lens is None:
             raise RuntimeError(
                 "vLLM passed no prompt lengths to the attention metadata builder."
             )
-        prompt_lens = prompt_lens[: common.num_reqs]
-        rounds = self._build_decode(common, prompt_lens)
-        if rounds is None:
-            rounds = self._build_rounds(common, prompt_lens)
+        cut = cut_step(
+            self.kv_cache_spec.policy,
+            common.query_start_loc_cpu.numpy(),
+            host_lens(common).numpy(),
+            prompt_lens.numpy(),
+        )
         return BudgetedMetadata(
-            rounds=rounds,
+            rounds=[self._build_round(common, pieces) for pieces in cut],
             block_table=common.block_table_tensor.numpy(),
             num_actual_tokens=common.num_actual_tokens,
             constants=self.constants,
         )
 
-    def _build_decode(
-        self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
-    ) -> list[Round] | None:
-        """The one round of a step where every request decodes one token; else None."""
-        if common.max_query_len != 1 or common.num_actual_tokens != common.num_reqs:
-            return None
-        ends = common.seq_lens[: common.num_reqs].numpy()
-        if (ends <= prompt_lens.numpy()).any():
-            return None
-        policy = self.kv_cache_spec.policy
-        seq_lens = np.minimum(ends, policy.budget).astype(np.int32)
-        inner = super().build(  # type: ignore[misc]
-            0,
-            common.replace(
-                seq_lens=torch.from_numpy(seq_lens),
-                max_seq_len=int(seq_lens.max()),
-                slot_mapping=common.slot_mapping[: common.num_reqs],
-            ),
-        )
-        arrays = decode_arrays(policy, ends - 1)
-        span = slice(0, common.num_reqs)
-        return [Round(rows=None, span=span, inner=inner, **arrays)]
-
-    def _build_rounds(
-        self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
-    ) -> list[Round]:
-        """The rounds of any step, piece by piece."""
-        policy = self.kv_cache_spec.policy
-        starts = common.query_start_loc_cpu.tolist()
-        ends = common.seq_lens.tolist()
-        requests = [
-            list(
-                cut_chunk(
-                    policy,
-                    request,
-                    row=starts[request],
-                    start=ends[request] - (starts[request + 1] - starts[request]),
-                    end=ends[request],
-                    prompt_len=prompt_len,
-                )
-            )
-            for request, prompt_len in enumerate(prompt_lens.tolist())
-        ]
-        by_round = [
-            [piece for piece in pieces if piece is not None]
-            for pieces in zip_longest(*requests)
-        ]
-        return [self._build_round(common, pieces) for pieces in by_round]
-
-    def _build_round(
-        self, common: CommonAttentionMetadata, pieces: list[Piece]
-    ) -> Round:
+    def _build_round(self, common: CommonAttentionMetadata, pieces: Pieces) -> Round:
         """The inner metadata of one attention call over the pieces."""
-        arrays = _round_arrays(pieces, self.kv_cache_spec.policy.budget)
-        rows = torch.from_numpy(arrays["token_rows"].astype(np.int64))
-        counts = torch.tensor([piece.count for piece in pieces], dtype=torch.int32)
-        query_start_loc = torch.zeros(len(pieces) + 1, dtype=torch.int32)
-        torch.cumsum(counts, 0, out=query_start_loc[1:])
-        seq_lens = torch.tensor(
-            [piece.live_after_write for piece in pieces], dtype=torch.int32
-        )
-        requests = torch.tensor([piece.request for piece in pieces])
-        every_request = len(pieces) == common.num_reqs
-        table = common.block_table_tensor
-        inner = super().build(  # type: ignore[misc]
-            0,
-            common.replace(
-                query_start_loc=query_start_loc,
-                query_start_loc_cpu=query_start_loc,
-                seq_lens=seq_lens,
-                num_reqs=len(pieces),
-                num_actual_tokens=len(rows),
-                max_query_len=int(counts.max()),
-                max_seq_len=int(seq_lens.max()),
-                block_table_tensor=table if every_request else table[requests],
-                slot_mapping=common.slot_mapping[: len(rows)],
-            ),
-        )
-        first, last = int(rows[0]), int(rows[-1])
-        consecutive = last - first + 1 == len(rows)
-        whole = consecutive and len(rows) == common.num_actual_tokens
+        token_rows = pieces.token_rows()
+        rows = as_rows(token_rows, common.num_actual_tokens)
+        live = torch.from_numpy(pieces.live.astype(np.int32))
+        changes = {"seq_lens": live, "max_seq_len": int(live.max())}
+        if rows is not None or len(live) < common.num_reqs:
+            starts = torch.from_numpy(pieces.query_start_loc())
+            table = common.block_table_tensor
+            changes |= {
+                "query_start_loc": starts,
+                "query_start_loc_cpu": starts,
+                "num_reqs": len(live),
+                "num_actual_tokens": len(token_rows),
+                "max_query_len": int(pieces.count.max()),
+                "block_table_tensor": table[torch.from_numpy(pieces.request)],
+                "slot_mapping": common.slot_mapping[: len(token_rows)],
+            }
         return Round(
-            rows=None if whole else rows,
-            span=slice(first, last + 1) if consecutive else None,
-            inner=inner,
-            **arrays,
+            rows=torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows,
+            inner=super().build(0, common.replace(**changes)),  # type: ignore[misc]
+            **round_arrays(pieces, self.kv_cache_spec.policy.budget),
         )

@@ -1,16 +1,15 @@
-"""One layer's forward on a GPU: sign, write (evicting where full), attend, reduce.
+"""One layer's forward on a GPU: sign, then what `attention.impl` says of every round.
 
-Mixed into the inner backend's implementation, whose own ``forward`` does the attention
-over the live slots. Kernels take strides, so it does not matter which backend it is.
+Kernels take strides, so it does not matter which inner backend it is.
 
 With an fp8 cache the stock layer quantises queries before it calls its implementation.
 Here it must not: rules read the query as the model computed it, and votes know nothing
-of its scale. `_attend` quantises instead, in the same way, for backends that want that.
+of its scale. `attend` quantises instead, in the same way, for backends that want that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,38 +21,22 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.v1.attention.backend import AttentionLayer
 
-from hashevict_vllm.attention.gpu.metadata import DeviceMetadata, DeviceRound
+from hashevict_vllm.attention.gpu.metadata import DeviceRound
+from hashevict_vllm.attention.impl import BudgetedImpl, LayerStep
 from hashevict_vllm.attention.inner import InnerBackend
-from hashevict_vllm.attention.unshared import UnsharedCacheMixin
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.policies import make_rule
-from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What all rounds of one layer's forward share; tensors as `forward` takes them."""
+class DeviceImplMixin(BudgetedImpl):
+    """Mixed into the inner implementation."""
 
-    layer: AttentionLayer
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    kv_cache: torch.Tensor
-    pages: DevicePages
-    metadata: DeviceMetadata
-
-
-class DeviceImplMixin(UnsharedCacheMixin):
-    """Mixed into the inner implementation; `policy` is set on the subclass."""
-
-    policy: ResolvedKVPolicy
     needs: InnerBackend = InnerBackend()
     kv_cache_dtype: str
     supports_quant_query_input: bool
     _query_quant: QuantFP8 | None = None
-    _pages: DevicePages | None = None
-    _pages_key: tuple[int, int] | None = None
+    _pages: DevicePages
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As the inner implementation; the layer will not quantise queries."""
@@ -78,7 +61,7 @@ class DeviceImplMixin(UnsharedCacheMixin):
             self.supports_quant_query_input = True
 
     def fused_output_quant_supported(self, quant_key: QuantKey) -> bool:
-        """Only what `_attend` passes on: one scale for the whole output.
+        """Only what `attend` passes on: one scale for the whole output.
 
         Args:
             quant_key: How the layer behind attention wants its input.
@@ -87,52 +70,12 @@ class DeviceImplMixin(UnsharedCacheMixin):
         inner = super().fused_output_quant_supported(quant_key)  # type: ignore[misc]
         return quant_key == kFp8StaticTensorSym and inner
 
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: DeviceMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Sign, then round by round write, attend and reduce.
-
-        Args:
-            layer: The attention layer.
-            query: [T, Hq, D] after RoPE.
-            key: [T, Hkv, D] after RoPE.
-            value: [T, Hkv, D].
-            kv_cache: [B, Hkv, N, 2D], pages with a tail.
-            attn_metadata: The step's plan; None while vLLM profiles memory, of which
-                the inner implementation may want some.
-            output: [T, Hq, D], written in place.
-            output_scale: As the inner backend.
-            output_block_scale: Never given, see `fused_output_quant_supported`.
-
-        Returns:
-            ``output``.
-
-        """
-        if attn_metadata is None:
-            return super().forward(  # type: ignore[misc]
-                layer, query, key, value, kv_cache, None, output
-            )
-        tokens, constants = attn_metadata.num_actual_tokens, attn_metadata.constants
-        is_new = self._bind(kv_cache)
-        assert self._pages is not None
-        step = _Step(
-            layer,
-            query[:tokens],
-            key[:tokens],
-            value[:tokens],
-            kv_cache,
-            self._pages,
-            attn_metadata,
-        )
+    def run(self, step: LayerStep) -> None:
+        """Sign, then round by round write, attend and reduce."""
+        tokens, constants = step.metadata.num_actual_tokens, step.metadata.constants
+        q, k, v = (x[:tokens] for x in (step.query, step.key, step.value))
+        step = step._replace(query=q, key=k, value=v)
+        is_new = self.bind(step.kv_cache)
         if constants.rule.signs:
             ops.sign(
                 step.query,
@@ -143,16 +86,23 @@ class DeviceImplMixin(UnsharedCacheMixin):
             )
         if is_new:
             self._load_kernels(step)
-        for part in attn_metadata.rounds:
+        quantised = self._with_quantised_queries(step)
+        for part in step.metadata.rounds:
             self._write(step, part)
-            self._attend(step, part, output, output_scale)
+            self.attend(quantised, part.rows, part.inner())
             if part.reduced is not None:
                 self._reduce(step, part.reduced)
-        return output
 
-    def _write(self, step: _Step, part: DeviceRound) -> None:
+    def _with_quantised_queries(self, step: LayerStep) -> LayerStep:
+        """What attention takes, where the inner ``forward`` wants such queries."""
+        if self._query_quant is None:
+            return step
+        query, _ = self._query_quant(step.query.flatten(1), step.layer._q_scale)
+        return step._replace(query=query.view(step.query.shape))
+
+    def _write(self, step: LayerStep, part: DeviceRound) -> None:
         """Write one round's tokens, evicting where the budget is full."""
-        constants, pages = step.metadata.constants, step.pages
+        constants, pages = step.metadata.constants, self._pages
         tokens, rule = len(step.query), list(constants.rule)
         table, slots = step.metadata.block_table, constants.slots[:tokens]
         scales = self._scales(step.layer)
@@ -190,47 +140,9 @@ class DeviceImplMixin(UnsharedCacheMixin):
                 rule,
             )
 
-    def _attend(
-        self,
-        step: _Step,
-        part: DeviceRound,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None,
-    ) -> None:
-        """The stock attention kernel over one round's rows."""
-        inner_forward, inner = super().forward, part.inner()  # type: ignore[misc]
-        query, rows = step.query, part.rows
-        if self._query_quant is not None:
-            quantised, _ = self._query_quant(query.flatten(1), step.layer._q_scale)
-            query = quantised.view(query.shape)
-        if rows is None:
-            inner_forward(
-                step.layer,
-                query,
-                step.key,
-                step.value,
-                step.kv_cache,
-                inner,
-                output,
-                output_scale,
-            )
-            return
-        result = torch.empty_like(output[rows])
-        inner_forward(
-            step.layer,
-            query[rows],
-            step.key[rows],
-            step.value[rows],
-            step.kv_cache,
-            inner,
-            result,
-            output_scale,
-        )
-        output[rows] = result
-
-    def _reduce(self, step: _Step, pieces: torch.Tensor) -> None:
+    def _reduce(self, step: LayerStep, pieces: torch.Tensor) -> None:
         """Reduce the live sets of requests whose segment is over."""
-        constants, pages = step.metadata.constants, step.pages
+        constants, pages = step.metadata.constants, self._pages
         table, rule = step.metadata.block_table, list(constants.rule)
         ops.mark(
             step.query,
@@ -250,7 +162,7 @@ class DeviceImplMixin(UnsharedCacheMixin):
         cache = (pages.k, pages.v, pages.tail)
         ops.compact(pieces, table, *cache, rule, constants.bound)
 
-    def _load_kernels(self, step: _Step) -> None:
+    def _load_kernels(self, step: LayerStep) -> None:
         """Compile what only prompts need, before a request waits for it: no-ops."""
         part = step.metadata.rounds[0]
         nothing = torch.zeros_like(part.pieces[:1])
@@ -272,12 +184,6 @@ class DeviceImplMixin(UnsharedCacheMixin):
             return None, None
         return layer._k_scale, layer._v_scale
 
-    def _bind(self, kv_cache: torch.Tensor) -> bool:
-        """View the layer's pages; whether vLLM has bound another cache than before."""
-        bound = (kv_cache.data_ptr(), kv_cache.shape[0])
-        if self._pages is not None and self._pages_key == bound:
-            return False
-        words = make_rule(self.policy).words
-        self._pages = view_pages(kv_cache, words, self._fp8_dtype)
-        self._pages_key = bound
-        return True
+    def view_pages(self, kv_cache: torch.Tensor) -> DevicePages:
+        """The layer's pages, with their strides."""
+        return view_pages(kv_cache, make_rule(self.policy).words, self._fp8_dtype)

@@ -3,8 +3,9 @@
 A batch in which every request decodes one token is planned on the device, into buffers
 that keep their place: the host knows no exact lengths there, and a captured graph must
 find the plan of the step where it was. A batch that reads a prompt, be it one token, is
-cut on the host (`chunks`) and stays out of graphs: it ends with a reduction, which
-no decode graph holds (vllm_patches/decode_graphs.py).
+cut on the host (`hashevict_vllm.attention.rounds`), which knows how far prompts have
+been read (the scheduler counts), and stays out of graphs: it ends with a reduction,
+which no decode graph holds (vllm_patches/decode_graphs.py).
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from hashevict_vllm.attention.gpu.chunks import HostRound, cut_step, piece_rows
 from hashevict_vllm.attention.gpu.constants import DeviceConstants
 from hashevict_vllm.attention.inner import InnerBackend
+from hashevict_vllm.attention.lengths import first_layer, host_lens, host_prompt_lens
+from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
 from hashevict_vllm.kernels.triton import ops
-from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
+from hashevict_vllm.kernels.triton.pieces import NAMES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +39,7 @@ class DeviceRound:
     Attributes:
         pieces: int32 [P, columns], see `hashevict_vllm.kernels.triton.pieces`.
         token_piece: int32 [T], row of ``pieces`` of every token, -1 for none.
-        rows: int64 [n], rows of q, k, v that take part; None for all, in order.
+        rows: Rows of q, k, v that take part: int64 [n], or a slice; None for all.
         reduced: int32 [P', columns], those pieces that vote or overflow the budget;
             None if there are none.
         scans: Whether any token may evict, or votes alone.
@@ -47,7 +50,7 @@ class DeviceRound:
 
     pieces: torch.Tensor
     token_piece: torch.Tensor
-    rows: torch.Tensor | None
+    rows: torch.Tensor | slice | None
     reduced: torch.Tensor | None
     scans: bool
     inner: Callable[[], Any]
@@ -95,7 +98,7 @@ class DeviceMetadataBuilderMixin:
     ) -> None:
         """Build the inner builder, then the buffers."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        layer = first_layer(vllm_config, layer_names)
         self.constants = DeviceConstants.build(
             layer, kv_cache_spec, vllm_config, device
         )
@@ -146,13 +149,9 @@ class DeviceMetadataBuilderMixin:
         reads = bool(common.is_prefilling.any())  # a tensor of the host
         if common.max_query_len <= 1 and not reads:
             return self._metadata(common, [self._plan_decode(common)])
-        prompt_lens = current_prompt_lens()
-        if prompt_lens is None:
-            prompt_lens = common.rswa_prefix_lens
-        if prompt_lens is not None and prompt_lens.device.type == "cpu":
-            known = prompt_lens[: common.num_reqs]
-            if bool(known.any()):
-                return self._metadata(common, self._plan_chunks(common, known))
+        prompt_lens = host_prompt_lens(common)
+        if prompt_lens is not None and bool(prompt_lens.any()):
+            return self._metadata(common, self._plan_chunks(common, prompt_lens))
         if reads:
             raise RuntimeError(
                 "vLLM told the host no lengths of the prompts that this step reads."
@@ -253,63 +252,60 @@ class DeviceMetadataBuilderMixin:
         self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
     ) -> list[DeviceRound]:
         """Cut every request's chunk, as `attention.cpu.metadata` does."""
-        lens = common.seq_lens_cpu_upper_bound
-        if lens is None and common.seq_lens.device.type == "cpu":
-            lens = common.seq_lens
-        if lens is None:
-            raise RuntimeError("vLLM told the host no lengths of the step's requests.")
         cut = cut_step(
             self.kv_cache_spec.policy,
-            common.query_start_loc_cpu.tolist(),
-            lens.tolist(),
-            prompt_lens.tolist(),
-            common.num_actual_tokens,
+            common.query_start_loc_cpu[: common.num_reqs + 1].numpy(),
+            host_lens(common).numpy(),
+            prompt_lens.numpy(),
         )
         return [self._round(common, one, alone=len(cut) == 1) for one in cut]
 
-    def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+    def _to_device(self, host: np.ndarray) -> torch.Tensor:
         """A small table, copied without waiting for it."""
-        host = torch.tensor(values, dtype=dtype, device="cpu")
+        tensor = torch.from_numpy(host)
         if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _round(
-        self, common: CommonAttentionMetadata, cut: HostRound, alone: bool
+        self, common: CommonAttentionMetadata, pieces: Pieces, alone: bool
     ) -> DeviceRound:
         """One attention call over pieces that were cut on the host."""
-        pieces, rows, reduced = cut.pieces, cut.rows, cut.reduced
-        live = [piece.live_after_write for piece in pieces]
+        num, token_rows = common.num_actual_tokens, pieces.token_rows()
+        token_piece = np.full(num, -1, np.int32)
+        token_piece[token_rows] = pieces.per_token(np.arange(len(pieces.request)))
+        rows = as_rows(token_rows, num)
+        reduced = pieces.reduced(self.kv_cache_spec.policy.budget)
+        live, starts = pieces.live.astype(np.int32), pieces.query_start_loc()
         table = common.block_table_tensor
-        if len(pieces) < common.num_reqs:
-            numbers = [piece.request for piece in pieces]
-            table = table[self._to_device(numbers, torch.int64)]
+        if len(live) < common.num_reqs:
+            table = table[self._to_device(pieces.request)]
         build = functools.partial(
             self._inner,
             common,
             # Else FlashAttention's schedule lies in a buffer that the rounds share.
             fast_build=not alone,
-            query_start_loc=self._to_device(cut.query_start_loc, torch.int32),
-            query_start_loc_cpu=torch.tensor(cut.query_start_loc, dtype=torch.int32),
-            seq_lens=self._to_device(live, torch.int32),
-            seq_lens_cpu_upper_bound=torch.tensor(live, dtype=torch.int32),
-            num_reqs=len(pieces),
-            num_actual_tokens=len(rows),
-            max_query_len=max(piece.count for piece in pieces),
+            query_start_loc=self._to_device(starts),
+            query_start_loc_cpu=torch.from_numpy(starts),
+            seq_lens=self._to_device(live),
+            seq_lens_cpu_upper_bound=torch.from_numpy(live),
+            num_reqs=len(live),
+            num_actual_tokens=len(token_rows),
+            max_query_len=int(pieces.count.max()),
             block_table_tensor=table,
-            slot_mapping=common.slot_mapping[: len(rows)],
+            slot_mapping=common.slot_mapping[: len(token_rows)],
         )
         later = self.needs.plans_on_host and not alone
         inner = functools.partial(self._plan_anew, build) if later else _always(build())
-        whole = rows == list(range(common.num_actual_tokens))
+        table_of_pieces = pieces.table(NAMES)
         return DeviceRound(
-            pieces=self._to_device(piece_rows(pieces), torch.int32),
-            token_piece=self._to_device(cut.token_piece, torch.int32),
-            rows=None if whole else self._to_device(rows, torch.int64),
+            pieces=self._to_device(table_of_pieces),
+            token_piece=self._to_device(token_piece),
+            rows=self._to_device(rows) if isinstance(rows, np.ndarray) else rows,
             reduced=(
-                self._to_device(piece_rows(reduced), torch.int32) if reduced else None
+                self._to_device(table_of_pieces[reduced]) if reduced.any() else None
             ),
-            scans=any(piece.count == 1 for piece in pieces),
+            scans=bool((pieces.count == 1).any()),
             inner=inner,
         )
 

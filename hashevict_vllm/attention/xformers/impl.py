@@ -99,20 +99,9 @@ class XformersImpl(AttentionImpl[XformersMetadata]):
     ) -> torch.Tensor:
         """Attend to the live slots, among which the new tokens' already are.
 
-        Args:
-            layer: Unused.
-            query: [T, Hq, D] after RoPE.
-            key: Unused, as it has been written.
-            value: Likewise.
-            kv_cache: [B, Hkv, N, 2D], pages with a tail.
-            attn_metadata: The step's calls; None while vLLM profiles memory.
-            output: [T, Hq, D], written in place.
-            output_scale: Never given, see ``fused_output_quant_supported``.
-            output_block_scale: Likewise.
-
-        Returns:
-            ``output``.
-
+        Arguments as `hashevict_vllm.attention.impl.BudgetedImpl.forward`, which calls
+        this; ``key`` and ``value`` have been written, and are unused like ``layer``.
+        Scales of the output are never given, see ``fused_output_quant_supported``.
         """
         if attn_metadata is None:
             # Once, so that vLLM leaves room for what `gather` takes.

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from hashevict_vllm.attention.lengths import first_layer, host_lens
 from hashevict_vllm.attention.xformers.calls import Call, plan_calls
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ class XformersMetadata(AttentionMetadata):
 class XformersMetadataBuilder(AttentionMetadataBuilder[XformersMetadata]):
     """Makes biases from the lengths that the host knows.
 
-    They are exact, as there is no speculative decoding with a KV policy
-    (``seq_lens_cpu_upper_bound`` in vllm/v1/attention/backend.py). A captured graph
-    could not follow them, so attention stays out of graphs.
+    A captured graph could not follow them, so attention stays out of graphs.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
@@ -46,7 +45,7 @@ class XformersMetadataBuilder(AttentionMetadataBuilder[XformersMetadata]):
     ) -> None:
         """Take the sizes that a step's calls depend on."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        layer = first_layer(vllm_config, layer_names)
         self._group = layer.impl.num_queries_per_kv
 
     def build(
@@ -67,15 +66,10 @@ class XformersMetadataBuilder(AttentionMetadataBuilder[XformersMetadata]):
 
         """
         common = common_attn_metadata
-        lens = common.seq_lens_cpu_upper_bound
-        if lens is None and common.seq_lens.device.type == "cpu":
-            lens = common.seq_lens
-        if lens is None:
-            raise RuntimeError("vLLM told the host no lengths of the step's requests.")
         return XformersMetadata(
             plan_calls(
                 common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
-                lens[: common.num_reqs].tolist(),
+                host_lens(common).tolist(),
                 common.block_table_tensor,
                 self.kv_cache_spec.block_size,
                 self._group,

@@ -10,6 +10,7 @@ LAYER = "vllm/model_executor/layers/attention/attention.py"
 MANAGER = "vllm/v1/core/single_type_kv_cache_manager.py:SingleTypeKVCacheManager"
 SPECS = "vllm/v1/kv_cache_interface.py"
 ARGS = "vllm/engine/arg_utils.py"
+SCHEDULER = "vllm/v1/core/sched/scheduler.py:Scheduler"
 RUNNER_V1 = "vllm/v1/worker/gpu_model_runner.py:GPUModelRunner"
 
 BUILDER_INIT = ("self", "kv_cache_spec", "layer_names", "vllm_config", "device")
@@ -273,6 +274,19 @@ PATCHES = (
         f"{ARGS}:EngineArgs._set_default_chunked_prefill_and_prefix_caching_args",
         "compat/rules.py decides on prefix caching while it is None",
         says=("self.enable_prefix_caching is None",),
+    ),
+    Fact(
+        f"{SCHEDULER}._reserve_prefill_lookahead",
+        "vllm_patches/scheduler.py wraps it to shorten chunks",
+        takes=("self", "request", "num_computed_tokens", "num_new_tokens"),
+    ),
+    Fact(
+        f"{SCHEDULER}.schedule",
+        "vllm_patches/scheduler.py relies on it for running and for waiting requests",
+        says=(
+            *("_reserve_prefill_lookahead(", "allocate_slots("),
+            *("_reserve_prefill_lookahead(", "allocate_slots("),
+        ),
     ),
     Fact(
         "vllm/v1/core/kv_cache_utils.py:update_kv_cache_capacity",

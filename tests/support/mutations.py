@@ -1,0 +1,247 @@
+"""One-line mutations of the code, each of which some test must notice.
+
+Run by ``scripts/mutations [NAME...]``. Every mutation is applied to a copy of the
+checkout and judged by the few tests that are named with it, which must fail (a crash
+or an error of collection does not count) within `SECONDS`; before, the same tests must
+pass in an unchanged copy. A line that is not there, or there twice, ends the run: the
+list must follow the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SECONDS = 60
+PACKAGE = "hashevict_vllm"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A line, what it becomes, and who must notice.
+
+    Attributes:
+        name: A word for the command line and the table.
+        file: Below `PACKAGE`.
+        old: The line without its indentation; exactly one line of the file.
+        new: What it becomes.
+        tests: Arguments of pytest, below ``tests``.
+
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PLAN = ("test_plan.py",)
+VOTERS = ("test_voters.py",)
+
+
+def kernels(expression: str) -> tuple[str, ...]:
+    """Tests of the CPU kernels against the oracle."""
+    return ("test_cpu_kernels.py", "-k", expression)
+
+
+MUTATIONS = (
+    Mutation(
+        "window",
+        "resolved.py",
+        "return range(max(start, begin, end - self.window, self.sinks, 1), stop)",
+        "return range(max(start, begin, end - self.window - 1, self.sinks, 1), stop)",
+        VOTERS,
+    ),
+    Mutation(
+        "horizon", "resolved.py", "VOTE_HORIZON = 256", "VOTE_HORIZON = 255", VOTERS
+    ),
+    Mutation(
+        "ballot distance",
+        "resolved.py",
+        "-(-first // self.vote_every) * self.vote_every, stop, self.vote_every",
+        "-(-first // self.vote_every) * self.vote_every, stop, self.vote_every + 1",
+        VOTERS,
+    ),
+    Mutation(
+        "complement",
+        "kernels/cpu/votes.py",
+        "tail[at] = ~position[slot]",
+        "tail[at] = -position[slot]",
+        kernels("losers_of_a_ballot_are_marked"),
+    ),
+    Mutation(
+        "complement in replay",
+        "kernels/cpu/replay.py",
+        "pages.tail[at] = ~pages.tail[at]",
+        "pages.tail[at] = -pages.tail[at]",
+        kernels("victims_are_marked"),
+    ),
+    Mutation(
+        "protected range",
+        "policies/base.py",
+        "oldest_last = self.policy.recent + 1",
+        "oldest_last = self.policy.recent",
+        kernels("every_baseline and streaming_llm and 64"),
+    ),
+    Mutation(
+        "tie to youngest",
+        "policies/base.py",
+        "key = self.score(q_bits, k_bits, slots, t) * 2**32 - position",
+        "key = self.score(q_bits, k_bits, slots, t) * 2**32 + position",
+        kernels("every_signature_length and query and 4"),
+    ),
+    Mutation(
+        "sign of hash",
+        "kernels/signature.py",
+        "return x.to(torch.float32) @ projection >= 0",
+        "return x.to(torch.float32) @ projection > 0",
+        kernels("signatures_equal_the_oracle_at_zero"),
+    ),
+    Mutation(
+        "live slots",
+        "attention/rounds.py",
+        "return np.where(self.evict, self.slot, self.slot + self.count)",
+        "return np.where(self.evict, self.slot, self.slot + self.count - 1)",
+        PLAN,
+    ),
+    Mutation(
+        "reduction",
+        "attention/plan.py",
+        "compact = stop == boundary and slot + stop - position > budget",
+        "compact = stop == boundary and slot + stop - position >= budget",
+        PLAN,
+    ),
+    Mutation(
+        "scratch",
+        "cache/manager.py",
+        "processed_computed_tokens < num_prompt_tokens",
+        "processed_computed_tokens < num_prompt_tokens // 2",
+        ("test_memory.py", "-k", "contract and held"),
+    ),
+    Mutation(
+        "decay",
+        "policies/vote.py",
+        "slots.votes.mul_(self.policy.decay)",
+        "slots.votes.mul_(self.policy.decay**2)",
+        kernels("oracle_for_votes and float32 and 64"),
+    ),
+)
+
+
+class StaleMutation(Exception):
+    """The code has moved on, and the list must follow."""
+
+
+def apply(mutation: Mutation, checkout: Path) -> None:
+    """Change the line in a copy.
+
+    Raises:
+        StaleMutation: If it is not there exactly once.
+
+    """
+    path = checkout / PACKAGE / mutation.file
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = [i for i, line in enumerate(lines) if line.strip() == mutation.old]
+    if len(found) != 1:
+        raise StaleMutation(
+            f"{mutation.name}: {mutation.file} has {len(found)} lines "
+            f"`{mutation.old}` instead of one; tests/support/mutations.py must follow."
+        )
+    indent = lines[found[0]].partition(mutation.old)[0]
+    lines[found[0]] = indent + mutation.new
+    path.write_text("\n".join(lines) + "\n")
+
+
+def copy_checkout(directory: Path) -> Path:
+    """What the tests need, without what git ignores."""
+    for name in (PACKAGE, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.nbc", "*.nbi")
+        shutil.copytree(ROOT / name, directory / name, ignore=ignored)
+    for name in ("pyproject.toml", "patches"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, directory / name)
+    return directory
+
+
+def run_tests(tests: tuple[str, ...], checkout: Path, seconds: float) -> int | None:
+    """Exit status of pytest in a copy; None if it took too long."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    try:
+        return subprocess.run(
+            [*command, f"tests/{tests[0]}", *tests[1:]],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{checkout}/tests"},
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def judge(mutation: Mutation, seconds: float) -> tuple[bool, str]:
+    """Whether the mutation was noticed, and a row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = copy_checkout(Path(folder))
+        apply(mutation, checkout)
+        start = time.monotonic()
+        status = run_tests(mutation.tests, checkout, seconds)
+        took = time.monotonic() - start
+    verdicts = {1: "noticed", 0: "NOT NOTICED", None: "TOO SLOW"}
+    verdict = verdicts.get(status, f"BROKEN (exit status {status})")
+    cells = (
+        mutation.name,
+        f"`{mutation.file}`",
+        f"`{' '.join(mutation.tests)}`",
+        f"{verdict}, {took:.0f} s",
+    )
+    return status == 1, f"| {' | '.join(cells)} |"
+
+
+def check_unchanged(mutations: list[Mutation]) -> bool:
+    """Whether the same tests pass without a mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = copy_checkout(Path(folder))
+        passed = True
+        for tests in dict.fromkeys(mutation.tests for mutation in mutations):
+            status = run_tests(tests, checkout, 10 * SECONDS)
+            if status != 0:
+                print(f"{' '.join(tests)}: exit status {status} without a mutation")
+                passed = False
+    return passed
+
+
+def main() -> None:
+    """Command line: exit status 1 if a mutation was not noticed in time."""
+    names = [mutation.name for mutation in MUTATIONS]
+    parser = argparse.ArgumentParser(prog="scripts/mutations", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(names):
+        parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTATIONS if m.name in options.names or not options.names]
+    passed = check_unchanged(chosen)
+    print("| Mutation | File | Tests | |\n|---|---|---|---|")
+    for mutation in chosen:
+        try:
+            noticed, row = judge(mutation, options.seconds)
+        except StaleMutation as stale:
+            noticed, row = False, str(stale)
+        passed &= noticed
+        print(row, flush=True)
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()
