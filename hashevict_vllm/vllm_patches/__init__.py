@@ -15,6 +15,9 @@
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
 ``engine_core.py`` — the engine core
     logs the capacity in plain words: tokens of budget and concurrent requests.
+``block_zeroing.py`` — the KV cache's configuration and the CPU's model runner
+    zero new blocks that budgeted layers share with others, as their metadata may lie
+    where those keep K and V.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -36,6 +39,7 @@ PATCHES = (
     "model_runner_v2",
     "decode_graphs",
     "engine_core",
+    "block_zeroing",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""

@@ -44,9 +44,7 @@ def make_gemma3(path: Path) -> Path:
     return path
 
 
-def make_gemma4(
-    path: Path, sliding: tuple[int, int], full: tuple[int, int]
-) -> Path:
+def make_gemma4(path: Path, sliding: tuple[int, int], full: tuple[int, int]) -> Path:
     """A random Gemma-4-shaped model, whose layers differ in what they keep of a token.
 
     Args:
