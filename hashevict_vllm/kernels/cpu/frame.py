@@ -22,7 +22,7 @@ from hashevict_vllm.kernels.cpu.slots import (
     word_of,
 )
 from hashevict_vllm.kernels.cpu.vector import LANES, sum_of_run
-from hashevict_vllm.policies.frame import PARALLEL
+from hashevict_vllm.policies.frame import LONGEST, PARALLEL
 
 AT_ONCE = 16
 """Slots that are described together where tokens come one by one.
@@ -164,6 +164,9 @@ def _take_rest(x, centre, one, other, first, second):
 @njit
 def _pack(first, second, length):
     """`Described.words` of float64 coordinates and length, 0 <= length."""
+    finite = abs(first) <= LONGEST and abs(second) <= LONGEST and length <= LONGEST
+    if not finite:
+        return np.int32(0)
     largest = np.float32(max(abs(first), abs(second), length))
     exponent = (largest.view(np.int32) >> 23) - 6
     if exponent <= 0:
