@@ -26,7 +26,8 @@ class BudgetedAttentionSpec(AttentionSpec):
 
     Subclasses `AttentionSpec`, as ``FullAttentionSpec.merge`` drops custom fields
     (vllm/v1/kv_cache_interface.py). Metadata live in the padded tail of the page, so
-    vLLM's memory accounting is exact.
+    vLLM's memory accounting is exact. In a hybrid model other groups may keep K/V
+    there: vLLM zeroes blocks before they change hands (`vllm_patches.block_zeroing`).
 
     Attributes:
         policy: The resolved policy.
@@ -71,6 +72,11 @@ class BudgetedAttentionSpec(AttentionSpec):
         """Bytes of signatures and positions in one page."""
         words = make_rule(self.policy).words
         return tail_bytes(self.num_kv_heads, self.block_size, words)
+
+    @property
+    def padding_holds_metadata(self) -> bool:
+        """A tail's bits are no K or V to layers of other groups (`block_zeroing`)."""
+        return True
 
     @property
     def prefix_cacheable(self) -> bool:

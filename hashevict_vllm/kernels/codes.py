@@ -13,5 +13,9 @@ AHEAD = 1
 """Of the pooled positions, how many lie before the attended slot; the rest follow it:
 a query finds the words that it knows, and the answer stands behind them."""
 
+LONGEST = 3.4028234663852886e38
+"""The largest float32: keys with a coordinate beyond it, or with one that is not a
+number, are kept as 0."""
+
 PARALLEL = 1e-12
 """Squared sine below which two directions count as one."""

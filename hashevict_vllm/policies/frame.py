@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hashevict_vllm.kernels.codes import PARALLEL
+from hashevict_vllm.kernels.codes import LONGEST, PARALLEL
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Described:
     """What a page keeps of keys, and what of them is hashed.
 
     Three small integers times one power of two pack into 32 bits: the coordinates along
-    the axes, -127 to 127, and the length of the rest, 0 to 128.
+    the axes, -127 to 127, and the length of the rest, 0 to 128. All are 0 of a key that
+    is not finite: no query is known to attend to it.
 
     Attributes:
         numbers: int32 [Hkv, n, 3], two coordinates and the length.
@@ -94,6 +95,7 @@ class KeyFrame:
         rest = k - along @ self.axes
         length = rest.norm(dim=-1, keepdim=True)
         exact = torch.cat([along, length], dim=-1)
+        exact = torch.where((exact.abs() <= LONGEST).all(-1, True), exact, 0.0)
         # The largest of the three lies between 64 and 128 steps.
         largest = exact.abs().amax(-1).float()
         exponent = (largest.view(torch.int32) >> 23) - 6

@@ -7,9 +7,16 @@ import torch
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
 
+NOT_A_NUMBER = 0x7FC00000
+"""The score of a key whose norm is NaN, whatever bits that has; above infinity's."""
+
 
 class L2Norm(EvictionRule):
-    """The key of the largest norm is evicted: low norms attract attention."""
+    """The key of the largest norm is evicted: low norms attract attention.
+
+    Of keys that are not finite those with a NaN go first, then those of infinite norm,
+    which a finite key has too if its square is beyond float32.
+    """
 
     words = 1
 
@@ -22,5 +29,7 @@ class L2Norm(EvictionRule):
         self, q_bits: torch.Tensor, k_bits: torch.Tensor, slots: LiveSlots, t: int
     ) -> torch.Tensor:
         """Squared norms, read as integers; see `EvictionRule.score`."""
+        square = slots.k.square().sum(-1)
         # Bits of non-negative floats order as the floats do.
-        return slots.k.square().sum(-1).view(torch.int32).to(torch.int64)
+        bits = square.view(torch.int32).to(torch.int64)
+        return torch.where(square.isnan(), NOT_A_NUMBER, bits)

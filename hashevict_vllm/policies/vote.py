@@ -34,6 +34,15 @@ def estimate_scale(hash_bits: int, head_dim: int, orthogonal: bool) -> float:
     return math.sqrt(math.pi / 2) * length / hash_bits
 
 
+def attention_of(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax of logits [.., n], of which those that are not finite get nothing.
+
+    All zeros where none is finite, so that votes are numbers whatever keys hold.
+    """
+    known = torch.where(logits.isfinite(), logits, float("-inf"))
+    return known.softmax(-1).nan_to_num(0.0)
+
+
 class Vote(EvictionRule):
     """The slot with the fewest votes is evicted, ``scoring = "vote"``."""
 
@@ -67,7 +76,7 @@ class Vote(EvictionRule):
             new = slots.position >= t - self.policy.vote_every
             for votes, fresh in zip(slots.votes, new, strict=True):
                 votes[fresh] = votes[~fresh].mean() if not fresh.all() else 0.0
-        slots.votes.add_(logits.softmax(-1).amax(1))
+        slots.votes.add_(attention_of(logits).amax(1))
 
     def dot_products(
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor

@@ -19,6 +19,9 @@
     logs the capacity in plain words: tokens of budget and concurrent requests.
 ``request_stats.py`` — the engine's client
     counts tokens per request for a policy's metrics, and has a logger that shows them.
+``block_zeroing.py`` — the KV cache's configuration and the CPU's model runner
+    zero new blocks that budgeted layers share with others, as their metadata may lie
+    where those keep K and V.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -42,6 +45,7 @@ PATCHES = (
     "scheduler",
     "engine_core",
     "request_stats",
+    "block_zeroing",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""

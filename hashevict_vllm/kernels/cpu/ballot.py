@@ -169,6 +169,8 @@ def join_rows(
 ) -> Any:
     """Make logits of four queries: the hashed part of each, and what lies along axes.
 
+    What is not finite becomes -inf (`policies.vote.attention_of`).
+
     Words are ``tail`` int32 [at, at + count), see `Described.words`, a multiple of 4;
     ``sums`` float32 [.. + count * 4] from ``first_sum`` on, in place; ``factor``
     float32, of the hashed part; ``lines`` float32 [2 * 4], the queries' coordinates.
@@ -213,6 +215,9 @@ def join_rows(
                 number = builder.fmul(builder.sitofp(number, step.type), step)
                 part = builder.fmul(wide(number, each_four_times), axis_values)
                 total = builder.fadd(total, part)
+            size = _by_name(builder, "fabs", total)
+            finite = builder.fcmp_ordered("<", size, _constant(float("inf")))
+            total = builder.select(finite, total, _constant(float("-inf")))
             builder.store(total, place, align=4)
         return context.get_dummy_value()
 

@@ -190,6 +190,8 @@ def choose_victims(pages, rule, tokens, token, low, high, scratch, chosen):
             slot = find_victim(
                 pages, rule, blocks, num_slots, head, t, merged, scores, best
             )
+        if slot < 0:
+            raise RuntimeError("no slot may be evicted")
         chosen.victims[head] = slot
         write_words(pages, blocks, slot, head, chosen.words[head, 0], t)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16, FLOAT32, PARALLEL
+from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16, FLOAT32, LONGEST, PARALLEL
 from hashevict_vllm.kernels.cpu.hash import hash_row
 from hashevict_vllm.kernels.cpu.jit import inlined
 from hashevict_vllm.kernels.cpu.slots import (
@@ -163,6 +163,9 @@ def _take_rest(x, centre, one, other, first, second):
 @njit
 def _pack(first, second, length):
     """`Described.words` of float64 coordinates and length, 0 <= length."""
+    finite = abs(first) <= LONGEST and abs(second) <= LONGEST and length <= LONGEST
+    if not finite:
+        return np.int32(0)
     largest = np.float32(max(abs(first), abs(second), length))
     exponent = (largest.view(np.int32) >> 23) - 6
     if exponent <= 0:

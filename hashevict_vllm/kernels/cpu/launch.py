@@ -70,12 +70,15 @@ def write_tokens(
             scale.
         team: int64 [2], as `hashevict_vllm.kernels.cpu.team.find_team`.
 
+    Raises:
+        RuntimeError: If a part of the tokens was not written.
+
     """
     heads, runs, work = geometry[0], 0, 0
     for n in range(len(rows)):
         runs += n == 0 or requests[n] != requests[n - 1]
         work += heads * (SCAN_WORK if evict[n] else 1)
-    share_items(
+    done = share_items(
         write_items,
         (
             pages_of(elements, tail, k_map, v_map, geometry),
@@ -95,6 +98,8 @@ def write_tokens(
         team[0],
         _threads(team, runs * heads, work),
     )
+    if not done:
+        raise RuntimeError("an eviction kernel failed; not all tokens were written")
 
 
 @njit
@@ -142,9 +147,12 @@ def replay_segments(
         team: As `write_tokens`.
         budget: C.
 
+    Raises:
+        RuntimeError: If a part of the segments was not reduced.
+
     """
     items = len(pieces) * geometry[0]
-    share_items(
+    done = share_items(
         replay_items,
         (
             pages_of(elements, tail, k_map, v_map, geometry),
@@ -158,6 +166,8 @@ def replay_segments(
         team[0],
         _threads(team, items, items * WORK_OF_A_THREAD),
     )
+    if not done:
+        raise RuntimeError("an eviction kernel failed; not all segments were reduced")
 
 
 def warm_up(dtype: np.dtype) -> None:

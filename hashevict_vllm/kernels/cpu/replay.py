@@ -102,6 +102,8 @@ def _replay_head(pages, rule, tokens, piece, blocks, head, budget, scratch, chos
                 sources[0, w] = pages.tail[at + w * size]
             merge(sources, merged[head])
         victim = find_victim(pages, rule, blocks, slot, head, t, merged, scores, best)
+        if victim < 0:
+            raise RuntimeError("no slot may be evicted")
         at = word_of(pages, blocks, victim, head) + words * size
         pages.tail[at] = ~pages.tail[at]
 
@@ -120,6 +122,8 @@ def _compact_head(pages, blocks, head, budget, end):
         position = np.int32(0)
         while position >= 0:
             hole += 1
+            if hole >= budget:
+                raise RuntimeError("more slots survive than there is room for")
             target_meta = word_of(pages, blocks, hole, head)
             position = tail[target_meta + last]
         for w in range(pages.words + 1):

@@ -1,6 +1,7 @@
 """Signatures, scores and the choice of the victim (numba); rules in `policies`.
 
-A score is an int32 of at least 0; the largest is evicted, ties go to the oldest.
+A score is an int32 of at least 0, whatever bits keys have, so that there is always a
+victim; the largest is evicted, ties go to the oldest.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from hashevict_vllm.kernels.cpu.scan import (
 )
 from hashevict_vllm.kernels.cpu.slots import load_key, row_size, tail_of, word_of
 from hashevict_vllm.kernels.cpu.tokens import load_queries
+from hashevict_vllm.policies.key_diff import NO_DIRECTION, SHORTEST
+from hashevict_vllm.policies.l2_norm import NOT_A_NUMBER
 
 COSINE_UNIT = np.float32(2.0**29)
 """Integer steps of a cosine's score: (cos + 1) times this."""
@@ -51,7 +54,10 @@ def describe_key(x, rule, dots, words):
     if rule.score <= HAMMING_TO_QUERY:
         hash_row(x, rule.projection, dots, words)
     elif rule.score == NORM:
-        words.view(np.float32)[0] = square_of(x)  # its bits order as the float does
+        square = square_of(x)
+        words.view(np.float32)[0] = square  # its bits order as the float does
+        if np.isnan(square):  # but for a NaN's, whose sign and rest may be any
+            words[0] = np.int32(NOT_A_NUMBER)
 
 
 @inlined
@@ -82,14 +88,17 @@ def _mix(seed, t, position):
 
 
 @inlined
-def _inverse_norm(x):
-    """1 / ‖x‖ of float32 [D]."""
-    return np.float32(1) / np.sqrt(square_of(x))
+def _inverse_norm(square):
+    """1 / ‖x‖ of a finite ‖x‖², see `SHORTEST`."""
+    return np.float32(1) / max(np.sqrt(square), np.float32(SHORTEST))
 
 
 @njit
 def _mean_direction(pages, blocks, num_slots, head, mean):
-    """Normalised mean of the normalised keys of live slots, into ``mean`` [D]."""
+    """Normalised mean of the normalised keys of live slots, into ``mean`` [D].
+
+    Keys without a direction (`NO_DIRECTION`) are left out.
+    """
     x = np.empty(len(mean), np.float32)
     mean[:] = np.float32(0)
     last = pages.words * row_size(pages)
@@ -97,10 +106,13 @@ def _mean_direction(pages, blocks, num_slots, head, mean):
         if pages.tail[word_of(pages, blocks, slot, head) + last] < 0:
             continue
         load_key(pages, blocks, slot, head, x)
-        factor = _inverse_norm(x)
+        square = square_of(x)
+        if not np.isfinite(square):
+            continue
+        factor = _inverse_norm(square)
         for d in range(len(mean)):
             mean[d] += x[d] * factor
-    factor = _inverse_norm(mean)
+    factor = _inverse_norm(square_of(mean))
     for d in range(len(mean)):
         mean[d] *= factor
 
@@ -114,7 +126,11 @@ def _cosine_scores(pages, blocks, first, head, mean, score):
         dot = np.float32(0)
         for d in range(len(mean)):
             dot += x[d] * mean[d]
-        cosine = dot * _inverse_norm(x)
+        square = square_of(x)
+        if not np.isfinite(square):
+            score[i] = np.int32(NO_DIRECTION)
+            continue
+        cosine = dot * _inverse_norm(square)
         score[i] = np.int32((cosine + np.float32(1)) * COSINE_UNIT)
 
 

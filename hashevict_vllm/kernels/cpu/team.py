@@ -40,11 +40,18 @@ def share_items(
 ) -> Any:
     """``run(*arguments, first, last)`` on threads, until all items are done.
 
+    An exception ends the part of the items in which it was raised, not the other parts.
+
     Every thread claims a part of [0, items) by counting up, until none is left: should
     OpenMP start fewer threads than were asked for, the others do more.
 
-    ``run`` is compiled and raises nothing; ``arguments`` a tuple of borrowed arrays and
-    numbers; ``start`` the address of GOMP_parallel; ``threads`` at least 1.
+    ``run`` is compiled; ``arguments`` a tuple of borrowed arrays and numbers; ``start``
+    the address of GOMP_parallel; ``threads`` at least 1.
+
+    Returns:
+        bool, whether all items were done. The caller raises if not: an exception cannot
+        leave OpenMP's threads.
+
     """
     int64 = types.int64
     signature = typingctx.resolve_function_type(
@@ -59,11 +66,13 @@ def share_items(
         context.active_code_library.add_linking_library(compiled.library)
         function = context.declare_function(builder.module, compiled.fndesc)
 
-        # What threads see: the next part, the number of parts, of items, the arguments.
-        kinds = [i64, i64, i64, context.get_value_type(packed)]
+        # What threads see: the next part, the number of parts, of items, the arguments,
+        # and the number of parts that failed.
+        kinds = [i64, i64, i64, context.get_value_type(packed), i64]
         shared_type = ir.LiteralStructType(kinds)
         shared = cgutils.alloca_once(builder, shared_type)
-        for field, value in enumerate((ir.Constant(i64, 0), threads, items, arguments)):
+        none = ir.Constant(i64, 0)
+        for field, value in enumerate((none, threads, items, arguments, none)):
             builder.store(value, cgutils.gep_inbounds(builder, shared, 0, field))
 
         task_type = ir.FunctionType(ir.VoidType(), [i8.as_pointer()])
@@ -73,6 +82,7 @@ def share_items(
         inner = ir.IRBuilder(task.append_basic_block("entry"))
         mine = inner.bitcast(task.args[0], shared_type.as_pointer())
         next_part = cgutils.gep_inbounds(inner, mine, 0, 0)
+        failed = cgutils.gep_inbounds(inner, mine, 0, 4)
         parts, total, given = (
             inner.load(cgutils.gep_inbounds(inner, mine, 0, field))
             for field in (1, 2, 3)
@@ -90,13 +100,15 @@ def share_items(
             for number in (part, inner.add(part, ir.Constant(i64, 1)))
         )
         unpacked = [inner.extract_value(given, i) for i in range(len(packed.types))]
-        context.call_conv.call_function(
+        status, _ = context.call_conv.call_function(
             inner,
             function,
             signature.return_type,
             signature.args,
             [*unpacked, first, last],
         )
+        failure = inner.zext(status.is_error, i64)
+        inner.atomic_rmw("add", failed, failure, "monotonic")
         inner.branch(claim)
         inner.position_at_end(done)
         inner.ret_void()
@@ -113,6 +125,7 @@ def share_items(
                 parallel = builder.inttoptr(start, parallel_type.as_pointer())
                 count = builder.trunc(threads, i32)
                 builder.call(parallel, [task, data, count, ir.Constant(i32, 0)])
-        return context.get_dummy_value()
+        failures = builder.load(cgutils.gep_inbounds(builder, shared, 0, 4))
+        return builder.icmp_signed("==", failures, none)
 
-    return types.void(run, arguments, int64, int64, int64), codegen
+    return types.boolean(run, arguments, int64, int64, int64), codegen

@@ -134,8 +134,10 @@ def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
         softmax_rows(logits, sums)
         for g in range(4):
             total = sums[g] + sums[g + 4] + sums[g + 8] + sums[g + 12]
-            # Queries beyond the group have no say.
-            shares[g] = np.float32(1) / total if first_query + g < group else 0
+            # Queries beyond the group have no say, nor those without a finite logit:
+            # the largest of any others has a weight of 1.
+            known = first_query + g < group and total > np.float32(0.5)
+            shares[g] = np.float32(1) / total if known else np.float32(0)
         raise_votes(logits, shares, votes)
     # In a segment every slot is older than this, and nothing fades.
     oldest_new, decay, mean = np.int32(2**31 - 1), np.float32(1), np.float32(0)

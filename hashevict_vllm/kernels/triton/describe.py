@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.codes import LONGEST
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, key_rows, load_key
 from hashevict_vllm.kernels.triton.pieces import (
     COUNT,
@@ -18,6 +19,8 @@ from hashevict_vllm.kernels.triton.pieces import (
     START,
 )
 from hashevict_vllm.kernels.triton.slots import meta_of
+
+_LONGEST = tl.constexpr(LONGEST)
 
 
 @triton.jit
@@ -56,6 +59,10 @@ def pack_numbers(one, two, length):
         int32 [M], the packed numbers, and bool [M], whether the length rounds to 0.
 
     """
+    finite = (tl.abs(one) <= _LONGEST) & (tl.abs(two) <= _LONGEST)
+    finite = finite & (length <= _LONGEST)
+    one, two = tl.where(finite, one, 0.0), tl.where(finite, two, 0.0)
+    length = tl.where(finite, length, 0.0)
     largest = tl.maximum(tl.maximum(tl.abs(one), tl.abs(two)), length)
     # The largest of the three lies between 64 and 128 steps.
     exponent = (largest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 6

@@ -83,7 +83,8 @@ def slot_scores(
         return mix(position, t, SALT)
     elif KIND == VOTE:
         votes = tl.load(meta + (WORDS - 1) * word_stride, mask=used, other=0)
-        return (votes >> 16) ^ 0x7FFF  # fewest first; nearly equal ones tie
+        # Fewest first; nearly equal ones tie.
+        return ((votes >> 16) ^ 0x7FFF) & 0x7FFF
     else:
         tl.static_assert(KIND == RECENCY, "no such kind of score")
         return tl.zeros(used.shape, tl.int32)

@@ -25,6 +25,9 @@ from hashevict_vllm.kernels.triton.pieces import (
 from hashevict_vllm.kernels.triton.queries import project_queries
 from hashevict_vllm.kernels.triton.slots import meta_of
 
+_NO_LOGIT = tl.constexpr(-3.4e38)
+"""Of slots that get no votes; not -inf, as its distance to itself is not a number."""
+
 
 @triton.jit
 def estimated_logits(
@@ -70,6 +73,13 @@ def estimated_logits(
         total += t[:, None] * along[None, :]
     step = ((numbers >> 24 & 255) << 23).to(tl.float32, bitcast=True)
     return total * step[None, :]
+
+
+@triton.jit
+def _finite(logits, used):
+    """Logits [G', n], those that are not finite or not used less than any other."""
+    known = used[None, :] & (tl.abs(logits) < float("inf"))
+    return tl.where(known, logits, _NO_LOGIT)
 
 
 @triton.jit
@@ -157,7 +167,7 @@ def cast_votes(
         MEMBERS,
         STEP,
     )
-    top = tl.full([MEMBERS], float("-inf"), tl.float32)
+    top = tl.full([MEMBERS], _NO_LOGIT, tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
     faded = tl.zeros([TILE], tl.float32)
     others = tl.zeros([TILE], tl.float32)
@@ -168,7 +178,7 @@ def cast_votes(
         logits = estimated_logits(
             meta, used, projected, member, bits, word_stride, BITS, MEMBERS
         )
-        logits = tl.where(used[None, :], logits, float("-inf"))
+        logits = _finite(logits, used)
         higher = tl.maximum(top, tl.max(logits, 1))
         here = tl.sum(tl.exp(logits - higher[:, None]), 1)
         total = total * tl.exp(top - higher) + here
@@ -180,7 +190,7 @@ def cast_votes(
         faded += tl.where(old, votes * decay, 0.0)
         others += old.to(tl.float32)
     mean = tl.sum(faded, 0) / tl.maximum(tl.sum(others, 0), 1.0)
-    share = tl.where(member < GROUP, 1.0 / total, 0.0)
+    share = tl.where((member < GROUP) & (top > _NO_LOGIT), 1.0 / total, 0.0)
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
@@ -188,7 +198,7 @@ def cast_votes(
         logits = estimated_logits(
             meta, used, projected, member, bits, word_stride, BITS, MEMBERS
         )
-        attention = tl.exp(logits - top[:, None]) * share[:, None]
+        attention = tl.exp(_finite(logits, used) - top[:, None]) * share[:, None]
         kept = meta + (WORDS - 1) * word_stride
         votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
         position = tl.load(meta + WORDS * word_stride, mask=used, other=0)

@@ -20,6 +20,9 @@ from hashevict_vllm.kernels.triton.pieces import (
 from hashevict_vllm.kernels.triton.score import NORM, VOTE, find_victims
 from hashevict_vllm.kernels.triton.slots import meta_of
 from hashevict_vllm.kernels.triton.votes import cast_votes
+from hashevict_vllm.policies import l2_norm
+
+NOT_A_NUMBER = tl.constexpr(l2_norm.NOT_A_NUMBER)
 
 
 @triton.jit
@@ -47,7 +50,9 @@ def _write_words(
     for w in tl.static_range(HASHED):
         tl.store(meta + w * word_stride, tl.load(signature + w))
     if KIND == NORM:
-        tl.store(meta, tl.load(square).to(tl.int32, bitcast=True))
+        x = tl.load(square)
+        bits = x.to(tl.int32, bitcast=True)
+        tl.store(meta, tl.where(x == x, bits, NOT_A_NUMBER))
 
 
 @triton.jit

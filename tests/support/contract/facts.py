@@ -294,6 +294,35 @@ PATCHES = (
         takes=("vllm_config", "kv_cache_config"),
     ),
     Fact(
+        f"{SPECS}:KVCacheConfig.needs_kv_cache_zeroing",
+        "vllm_patches/block_zeroing.py wraps the property",
+        says=("self.has_mamba_layers or self.has_mixed_precision_kv_cache",),
+    ),
+    Fact(
+        "vllm/v1/core/sched/scheduler.py:Scheduler",
+        "vllm_patches/block_zeroing.py has new blocks of hybrid models zeroed",
+        says=(
+            "self.needs_kv_cache_zeroing = kv_cache_config.needs_kv_cache_zeroing",
+            "new_block_ids_to_zero=self._get_new_block_ids_to_zero()",
+        ),
+    ),
+    Fact(
+        f"{RUNNER_V1}._update_states",
+        "vllm_patches/block_zeroing.py has new blocks zeroed before they are used",
+        says=("self._zero_block_ids(scheduler_output.new_block_ids_to_zero)",),
+    ),
+    Fact(
+        "vllm/v1/worker/cpu_model_runner.py:CPUModelRunner._zero_block_ids",
+        "vllm_patches/block_zeroing.py replaces it, as it zeroes stock layers alone",
+        takes=("self", "block_ids"),
+        says=("isinstance(group.kv_cache_spec, FullAttentionSpec)",),
+    ),
+    Fact(
+        "vllm/v1/worker/utils.py:KVBlockZeroer",
+        "vllm_patches/block_zeroing.py relies on it on GPUs",
+        says=("isinstance(spec, AttentionSpec)",),
+    ),
+    Fact(
         "vllm/v1/engine/core.py:EngineCore",
         "vllm_patches/engine_core.py replaces that name in its module",
         says=("update_kv_cache_capacity(",),
