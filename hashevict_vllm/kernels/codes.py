@@ -19,3 +19,12 @@ number, are kept as 0."""
 
 PARALLEL = 1e-12
 """Squared sine below which two directions count as one."""
+
+NO_DIRECTION = 2**31 - 1
+"""The score of a key whose squared norm is not finite in float32: it goes first."""
+
+SHORTEST = 1e-12
+"""Keys are divided by their norm, or by this if that is larger; 0 stays 0."""
+
+NOT_A_NUMBER = 0x7FC00000
+"""The score of a key whose norm is NaN, whatever bits that has; above infinity's."""

@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 
 from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.codes import NO_DIRECTION, SHORTEST
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
-
-NO_DIRECTION = 2**31 - 1
-"""The score of a key whose squared norm is not finite in float32: it goes first."""
-
-SHORTEST = 1e-12
-"""Keys are divided by their norm, or by this if that is larger; 0 stays 0."""
 
 
 class KeyDiff(EvictionRule):

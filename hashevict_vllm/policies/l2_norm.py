@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.codes import NOT_A_NUMBER
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
-
-NOT_A_NUMBER = 0x7FC00000
-"""The score of a key whose norm is NaN, whatever bits that has; above infinity's."""
 
 
 class L2Norm(EvictionRule):

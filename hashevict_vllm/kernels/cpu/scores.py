@@ -12,8 +12,11 @@ from numba import njit
 from hashevict_vllm.kernels.codes import (
     HAMMING_TO_QUERY,
     KEY_DIFF,
+    NO_DIRECTION,
     NORM,
+    NOT_A_NUMBER,
     RANDOM,
+    SHORTEST,
     VOTE,
 )
 from hashevict_vllm.kernels.cpu.hamming import merge
@@ -29,8 +32,6 @@ from hashevict_vllm.kernels.cpu.scan import (
 )
 from hashevict_vllm.kernels.cpu.slots import load_key, row_size, tail_of, word_of
 from hashevict_vllm.kernels.cpu.tokens import load_queries
-from hashevict_vllm.policies.key_diff import NO_DIRECTION, SHORTEST
-from hashevict_vllm.policies.l2_norm import NOT_A_NUMBER
 
 COSINE_UNIT = np.float32(2.0**29)
 """Integer steps of a cosine's score: (cos + 1) times this."""

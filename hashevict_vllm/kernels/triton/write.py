@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, write_frame
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
@@ -20,9 +21,8 @@ from hashevict_vllm.kernels.triton.pieces import (
 from hashevict_vllm.kernels.triton.score import NORM, VOTE, find_victims
 from hashevict_vllm.kernels.triton.slots import meta_of
 from hashevict_vllm.kernels.triton.votes import cast_votes
-from hashevict_vllm.policies import l2_norm
 
-NOT_A_NUMBER = tl.constexpr(l2_norm.NOT_A_NUMBER)
+NOT_A_NUMBER = tl.constexpr(codes.NOT_A_NUMBER)
 
 
 @triton.jit
