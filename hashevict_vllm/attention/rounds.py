@@ -52,8 +52,8 @@ class Pieces:
 
     def reduced(self, budget: int) -> np.ndarray:
         """Which pieces vote or overflow the budget, to be seen again: bool [P]."""
-        again = (self.slot + self.count > budget) | (self.first_voter < self.count)
-        return again & ~self.evict
+        overflows = ~self.evict & (self.slot + self.count > budget)
+        return overflows | (self.first_voter < self.count)
 
     def table(self, names: Sequence[str]) -> np.ndarray:
         """int32 [P, columns] of fields, ``live`` among them."""

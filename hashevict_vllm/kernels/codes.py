@@ -13,6 +13,20 @@ AHEAD = 1
 """Of the pooled positions, how many lie before the attended slot; the rest follow it:
 a query finds the words that it knows, and the answer stands behind them."""
 
+NEIGHBOURS = 0.125
+"""Share of its neighbourhood's votes that a slot has at least after a selection.
+
+What was kept for its neighbours would else be the first to go in decode; with all of
+them (1) decode would judge neighbourhoods, and keep words for what stood beside them.
+A power of two, so that no product is rounded.
+"""
+
+UNDESCRIBED = -1
+"""Instead of `Described.words`, which end in an exponent below 255: not yet described.
+
+A ballot describes such slots before it reads them, and nobody else reads descriptions.
+"""
+
 LONGEST = 3.4028234663852886e38
 """The largest float32: keys with a coordinate beyond it, or with one that is not a
 number, are kept as 0."""

@@ -45,7 +45,6 @@ class BudgetedImplMixin(BudgetedImpl):
                 part.positions,
                 part.slots,
                 part.evict,
-                part.voters,
                 part.requests,
                 *common,
             )

@@ -29,7 +29,6 @@ class Round:
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to, or the number of live slots if evicting.
         evict: bool [n].
-        voters: bool [n], evicting tokens whose queries vote first.
         requests: int32 [n], rows of the block table.
         replay: int32 [m, 8], pieces that vote or whose segment overflows the budget,
             as `kernels.cpu.launch.replay_segments` takes them.
@@ -42,7 +41,6 @@ class Round:
     positions: np.ndarray
     slots: np.ndarray
     evict: np.ndarray
-    voters: np.ndarray
     requests: np.ndarray
     replay: np.ndarray
     inner: Any
@@ -75,13 +73,11 @@ REPLAYED = (
 
 def round_arrays(pieces: Pieces, budget: int) -> dict[str, np.ndarray]:
     """Token-wise and piece-wise arrays of one round, as `Round` holds them."""
-    votes = pieces.evict & (pieces.first_voter == 0)
     return {
         "token_rows": pieces.token_rows().astype(np.int32),
         "positions": pieces.tokens(pieces.start).astype(np.int32),
         "slots": pieces.tokens(pieces.slot).astype(np.int32),
         "evict": pieces.per_token(pieces.evict),
-        "voters": pieces.per_token(votes),
         "requests": pieces.per_token(pieces.request).astype(np.int32),
         "replay": pieces.table(REPLAYED)[pieces.reduced(budget)],
     }

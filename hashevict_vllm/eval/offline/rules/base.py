@@ -62,7 +62,6 @@ class Rule(ABC):
 
     def step(self, slots: Slots, step: Step) -> torch.Tensor:
         """Append or evict, then attend; float32 [R, Hkv, G, D]."""
-        self.before(slots, step)
         if len(slots) < self.budget:
             slots.append(step, self.fresh)
         else:
@@ -71,9 +70,6 @@ class Rule(ABC):
         weights = logits.mul_(step.scale).softmax(-1)
         self.after(slots, weights, step)
         return weights @ slots.v
-
-    def before(self, slots: Slots, step: Step) -> None:  # noqa: B027 (optional)
-        """Look at a new token before anything is evicted for it; may change stat."""
 
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:
         """Slots that the new token overwrites: lowest statistic, then oldest.

@@ -12,6 +12,7 @@ from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.eval.offline.model import PromptLayer
 from hashevict_vllm.eval.offline.rules.base import Rule
 from hashevict_vllm.eval.offline.slots import Slots, Step
+from hashevict_vllm.kernels.codes import NEIGHBOURS
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
@@ -119,9 +120,9 @@ class VoteRule(Rule):
         return make_projection(head_dim, bits, self.policy.seed, self.policy.orthogonal)
 
     def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Votes of the prompt's last queries, pooled; as `Vote.survivors`.
+        """Votes of the prompt's last queries, own and pooled; as `Vote.survivors`.
 
-        Budgets share the votes; what is protected depends on the budget.
+        Budgets share them; what is protected depends on the budget.
         """
         position = torch.arange(len(prompt)).expand(len(prompt.k), -1)
         voters = self.policy.voters(0, len(prompt), len(prompt))
@@ -129,9 +130,11 @@ class VoteRule(Rule):
         name = (self.label, self.policy.seed, voters, reduced)
         if name not in prompt.memo:
             votes = self._votes(prompt, position, voters)
-            prompt.memo[name] = self.rule._pooled(position, votes) if reduced else votes
-        votes = prompt.memo[name]
-        score = votes.clone()
+            pooled = self.rule._pooled(position, votes) if reduced else votes
+            votes = torch.maximum(votes, NEIGHBOURS * pooled)
+            prompt.memo[name] = torch.stack([votes, pooled])
+        votes, pooled = prompt.memo[name]
+        score = pooled.clone()
         score[:, : self.policy.sinks] = float("inf")
         score[:, max(0, len(prompt) - self.recent) :] = float("inf")
         return votes, score
@@ -146,14 +149,17 @@ class VoteRule(Rule):
         projection = self.projection(prompt.k.shape[-1])
         for i in voters:
             earlier = slots.first(i)
-            self.rule.vote(prompt.q[:, :, i], earlier, projection, prompt.scale, None)
+            self.rule.vote(prompt.q[:, :, i], earlier, projection, prompt.scale, False)
         return slots.votes
 
-    def before(self, slots: Slots, step: Step) -> None:
-        """Ballot, every ``vote_every`` tokens."""
+    def after(self, slots: Slots, weights: torch.Tensor, step: Step) -> None:
+        """Ballot, every ``vote_every`` tokens, on all slots but the token's own."""
         if self.policy.voters(step.t, step.t + 1, step.prompt_len):
             live, r = live_slots(slots), self.projection(slots.k.shape[-1])
-            self.rule.vote(step.q.flatten(0, 1), live, r, step.scale, step.t)
+            others = live.position != step.t
+            rest = live.without((~others).int().argmax(1))
+            self.rule.vote(step.q.flatten(0, 1), rest, r, step.scale, True)
+            live.votes[others] = rest.votes.flatten()
             slots.stat.copy_(live.votes.view_as(slots.stat))
 
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:
