@@ -15,6 +15,8 @@
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
 ``engine_core.py`` — the engine core
     logs the capacity in plain words: tokens of budget and concurrent requests.
+``streaming_input.py`` — ``AsyncLLM``, ``LLMEngine`` and the engine core
+    refuse sessions that lengthen the prompt of a live request.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -36,6 +38,7 @@ PATCHES = (
     "model_runner_v2",
     "decode_graphs",
     "engine_core",
+    "streaming_input",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""
