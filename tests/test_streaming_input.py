@@ -115,11 +115,16 @@ def test_requests_made_by_hand_are_refused_and_leave_nothing(
 
     with engine(llama, POLICY) as llm:
         core = llm.llm_engine.engine_core.engine_core
+        request = hand_made(llm)
+        enter = {
+            "engine": lambda: llm.llm_engine.add_request(
+                "hand made", request, params()
+            ),
+            # Where front ends arrive that are not written in Python.
+            "core": lambda: core.preprocess_add_request(request),
+        }[door]
         with pytest.raises(VLLMValidationError, match="Streaming input: a KV policy"):
-            if door == "engine":
-                llm.llm_engine.add_request("hand made", hand_made(llm), params())
-            else:  # where front ends arrive that are not written in Python
-                core.preprocess_add_request(hand_made(llm))
+            enter()
         assert not llm.llm_engine.has_unfinished_requests()
         assert not scheduler_of(llm).requests
         assert len(greedy(llm, [random_prompt(300)], 4)[0]) == 4

@@ -9,7 +9,7 @@ Where: ``AsyncLLM.add_request`` and ``LLMEngine.add_request``, before anything o
 request is stored; and ``EngineCore.preprocess_add_request``, for front ends that are
 not Python's: there vLLM fails the one request and goes on.
 
-Upstream fix: patches/*/streaming_input.patch, ``vllm.v1.engine.streaming_input_checks``.
+Upstream fix: patches/*/streaming_input.patch, ``streaming_input_checks``.
 """
 
 from __future__ import annotations

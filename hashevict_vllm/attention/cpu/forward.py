@@ -90,7 +90,7 @@ class BudgetedImplMixin(UnsharedCacheMixin):
                     places,
                     step.replay,
                     *common,
-                    self.policy.budget,
+                    constants.budget,
                 )
         return output
 
