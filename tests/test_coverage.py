@@ -35,8 +35,9 @@ def test_layers_with_a_backend_of_their_own_are_refused_by_its_name(
     own_backend(monkeypatch, layers)
     sentence = (
         rf"--kv-policy: {len(layers)} of 2 attention layers, "
-        rf"model\.layers\.{layers[0]}\.self_attn\.attn first, bring their own attention "
-        r"backend \(CPU_ATTN\), which a KV policy cannot bound; use --kv-policy full\."
+        rf"model\.layers\.{layers[0]}\.self_attn\.attn first, bring their own "
+        r"attention backend \(CPU_ATTN\), which a KV policy cannot bound; use "
+        r"--kv-policy full\."
     )
     with pytest.raises(KVPolicyError, match=sentence), engine(llama, POLICY):
         pass
@@ -77,7 +78,7 @@ def test_kv_policy_refuses_an_environment_that_does_not_load_the_plugin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
-    with pytest.raises(KVPolicyError, match="VLLM_PLUGINS: .* add hashevict to it"):
+    with pytest.raises(KVPolicyError, match=r"VLLM_PLUGINS: .* add hashevict to it"):
         kv_policy(budget=1024)
     assert kv_policy("full") == {"kv_policy": {"name": "full"}}  # stock either way
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,hashevict")

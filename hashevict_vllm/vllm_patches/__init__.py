@@ -14,9 +14,11 @@
 ``decode_graphs.py`` — both model runners
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
 ``engine_core.py`` — the engine core
-    logs the capacity in plain words: tokens of budget and concurrent requests.
+    and workers refuse a model that the policy did not reach; the capacity is logged.
 ``streaming_input.py`` — ``AsyncLLM``, ``LLMEngine`` and the engine core
     refuse sessions that lengthen the prompt of a live request.
+``cpu_generators.py`` — the CPU's model runner
+    survives a request with ``seed`` whose prompt takes several steps.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -39,6 +41,7 @@ PATCHES = (
     "decode_graphs",
     "engine_core",
     "streaming_input",
+    "cpu_generators",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""
