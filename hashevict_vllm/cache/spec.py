@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
@@ -104,7 +104,7 @@ class BudgetedAttentionSpec(AttentionSpec):
         spec = self
         if model.original_max_model_len == -1:
             config = policy_of(vllm_config.additional_config)
-            sizes = config.sizes(model.max_model_len, self.block_size)
+            sizes: dict[str, Any] = config.sizes(model.max_model_len, self.block_size)
             spec = replace(self, policy=replace(self.policy, **sizes))
         return spec.prefill_blocks(model.max_model_len) * self.page_size_bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checks import Fact
+from .engine_facts import ENGINE_FACTS
 
 BACKEND = "vllm/v1/attention/backend.py"
 CPU_BACKEND = "vllm/v1/attention/backends/cpu_attn.py"
@@ -275,16 +276,6 @@ PATCHES = (
         says=("self.enable_prefix_caching is None",),
     ),
     Fact(
-        "vllm/v1/core/kv_cache_utils.py:update_kv_cache_capacity",
-        "vllm_patches/engine_core.py wraps it",
-        takes=("vllm_config", "kv_cache_config"),
-    ),
-    Fact(
-        "vllm/v1/engine/core.py:EngineCore",
-        "vllm_patches/engine_core.py replaces that name in its module",
-        says=("update_kv_cache_capacity(",),
-    ),
-    Fact(
         f"{RUNNER_V1}._build_attention_metadata",
         "vllm_patches/model_runner.py passes the prompt lengths of other models",
         says=(
@@ -410,5 +401,5 @@ EVAL = (
     ),
 )
 
-FACTS = (*ATTENTION, *CACHE, *PATCHES, *CONFIG, *EVAL)
+FACTS = (*ATTENTION, *CACHE, *PATCHES, *ENGINE_FACTS, *CONFIG, *EVAL)
 """What CPU and GPU have in common, and what is the CPU's alone."""
