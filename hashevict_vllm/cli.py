@@ -60,6 +60,12 @@ def kv_policy_given(args: argparse.Namespace) -> bool:
     return any(getattr(args, dest, None) is not None for dest in _DESTS)
 
 
+def forget_kv_policy_args(args: argparse.Namespace) -> None:
+    """Mark the options as read, once ``additional_config`` holds what they say."""
+    for dest in _DESTS:
+        setattr(args, dest, None)
+
+
 def kv_policy_from_namespace(args: argparse.Namespace) -> dict[str, Any] | None:
     """Merge the three options into the policy dict of ``additional_config``.
 

@@ -9,11 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.values import (
+    KVPolicyError,
+    as_int,
+    as_share,
+    as_tokens,
+    fail,
+    tokens_of,
+)
+
+__all__ = ["KVPolicyConfig", "KVPolicyError", "kv_policy", "option_flag"]
 
 SCORINGS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -49,6 +61,17 @@ SCORING_OPTIONS = {
 HASHING_POLICIES = ("hashevict",)
 """Policies that keep signatures."""
 
+MAX_BUDGET = 10**15
+"""Far beyond any length, yet bytes given by mistake are understood (and cut)."""
+
+MAX_TOKENS = 2**30
+"""Bound of the other options that count tokens: positions are int32."""
+
+MAX_VOTES = 2**16
+"""Bound of options that vote: kernels loop over so many."""
+
+MAX_SEED = 2**63 - 1
+
 HASH_SOURCES = ("query", "key")
 MIN_HASH_BITS, MAX_HASH_BITS = 4, 128
 SEGMENT_PROMPT = "prompt"
@@ -79,61 +102,8 @@ ADDITIONAL_CONFIG_KEY = "kv_policy"
 """Key of vLLM's ``additional_config`` that holds the policy dict."""
 
 
-class KVPolicyError(ValueError):
-    """A setting that cannot be served; the message is one sentence for the user."""
-
-
-def _fail(flag: str, reason: str) -> KVPolicyError:
-    return KVPolicyError(f"{flag}: {reason}")
-
-
-def _as_int(flag: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise _fail(flag, f"expected an integer, got {value!r}.")
-    try:
-        number = int(value)
-    except ValueError:
-        raise _fail(flag, f"expected an integer, got {value!r}.") from None
-    if number < minimum:
-        raise _fail(flag, f"must be at least {minimum}, got {number}.")
-    return number
-
-
-def _as_tokens(flag: str, value: Any, minimum: int) -> int | str:
-    """A token count, or a share such as ``"25%"`` kept as a string."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        text = value.strip()
-        try:
-            share = float(text[:-1])
-        except ValueError:
-            raise _fail(
-                flag, f"expected tokens or a share like 25%, got {value!r}."
-            ) from None
-        if not 0 < share <= 100:
-            raise _fail(flag, f"a share must lie in (0%, 100%], got {text}.")
-        return text
-    try:
-        return _as_int(flag, value, minimum)
-    except KVPolicyError as error:
-        if isinstance(value, str) and not value.strip().lstrip("-").isdigit():
-            raise _fail(
-                flag, f"expected tokens or a share like 25%, got {value!r}."
-            ) from None
-        raise error
-
-
-def _as_share(flag: str, value: Any) -> float:
-    try:
-        share = float(value)
-    except (TypeError, ValueError):
-        raise _fail(flag, f"expected a number in (0, 1], got {value!r}.") from None
-    if not 0 < share <= 1:
-        raise _fail(flag, f"must lie in (0, 1], got {share}.")
-    return share
-
-
-def _tokens_of(value: int | str, whole: int) -> int:
-    return int(whole * float(value[:-1]) / 100) if isinstance(value, str) else value
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "hashevict"
+"""Our entry point (pyproject.toml), and its name in ``VLLM_PLUGINS``."""
 
 
 def option_flag(key: str) -> str:
@@ -217,7 +187,7 @@ class KVPolicyConfig:
         if options is None:
             return cls()
         if not isinstance(options, Mapping):
-            raise _fail(
+            raise fail(
                 f"additional_config['{ADDITIONAL_CONFIG_KEY}']",
                 f"expected a dict of policy options, got {options!r}.",
             )
@@ -230,7 +200,7 @@ class KVPolicyConfig:
                     if near
                     else f"valid keys are {', '.join(valid)}."
                 )
-                raise _fail("--kv-policy-config", f"unknown key {key!r}; {hint}")
+                raise fail("--kv-policy-config", f"unknown key {key!r}; {hint}")
         values = {key: value for key, value in options.items() if value is not None}
         preset = values.get("preset")
         if preset is not None:
@@ -241,7 +211,7 @@ class KVPolicyConfig:
         if config.name not in HASHING_POLICIES and config.enabled:
             for key in HASH_OPTIONS:
                 if key in values:
-                    raise _fail(
+                    raise fail(
                         option_flag(key),
                         f"has no effect with --kv-policy {config.name}, which keeps no "
                         "signatures.",
@@ -250,7 +220,7 @@ class KVPolicyConfig:
         for scoring, keys in SCORING_OPTIONS.items():
             for key in keys:
                 if key in values and config.enabled and config.scoring != scoring:
-                    raise _fail(
+                    raise fail(
                         option_flag(key),
                         f"has no effect with scoring {config.scoring!r}, only with "
                         f"{scoring!r}.",
@@ -263,21 +233,21 @@ class KVPolicyConfig:
             _check_choice("scoring", self.scoring, SCORINGS[self.name])
         if not self.enabled:
             if self.budget is not None:
-                raise _fail(
+                raise fail(
                     "--kv-budget",
                     "needs a policy that bounds the cache; add --kv-policy hashevict.",
                 )
             return self
         if self.budget is None:
-            raise _fail(
+            raise fail(
                 "--kv-budget",
                 f"is required with --kv-policy {self.name}: tokens per KV head, "
                 "or a share of max_model_len such as 25%.",
             )
         flag = option_flag
-        bits = _as_int(flag("hash_bits"), self.hash_bits, MIN_HASH_BITS)
-        if bits > MAX_HASH_BITS or bits % 4:
-            raise _fail(
+        bits = as_int(flag("hash_bits"), self.hash_bits, MIN_HASH_BITS, MAX_HASH_BITS)
+        if bits % 4:
+            raise fail(
                 flag("hash_bits"),
                 f"must be a multiple of 4 between {MIN_HASH_BITS} and "
                 f"{MAX_HASH_BITS}, got {bits}.",
@@ -285,33 +255,48 @@ class KVPolicyConfig:
         segment = self.segment
         if segment != SEGMENT_PROMPT:
             if isinstance(segment, str) and not segment.strip().isdigit():
-                raise _fail(
+                raise fail(
                     flag("segment"),
                     f"expected tokens or {SEGMENT_PROMPT!r}, got {segment!r}.",
                 )
-            segment = _as_int(flag("segment"), segment, 1)
+            segment = as_int(flag("segment"), segment, 1, MAX_TOKENS)
         if not isinstance(self.orthogonal, bool):
-            raise _fail(
+            raise fail(
                 flag("orthogonal"), f"expected true or false, got {self.orthogonal!r}."
             )
         scoring = self.scoring or SCORINGS[self.name][0]
         return dataclasses.replace(
             self,
             scoring=scoring,
-            budget=_as_tokens(flag("budget"), self.budget, 1),
+            budget=as_tokens(flag("budget"), self.budget, 1, MAX_BUDGET),
             hash_bits=bits,
-            sinks=_as_int(flag("sinks"), self.sinks, 0),
-            recent=_as_tokens(flag("recent"), self.recent, 0),
+            sinks=as_int(flag("sinks"), self.sinks, 0, MAX_TOKENS),
+            recent=as_tokens(flag("recent"), self.recent, 0, MAX_TOKENS),
             segment=segment,
-            seed=_as_int(flag("seed"), self.seed, 0),
-            window=_as_int(flag("window"), self.window, 1),
-            pool=_as_int(flag("pool"), self.pool, 1),
-            vote_every=_as_int(flag("vote_every"), self.vote_every, 1),
-            decay=_as_share(flag("decay"), self.decay),
+            seed=as_int(flag("seed"), self.seed, 0, MAX_SEED),
+            window=as_int(flag("window"), self.window, 1, MAX_VOTES),
+            pool=as_int(flag("pool"), self.pool, 1, MAX_VOTES),
+            vote_every=as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
+            decay=as_share(flag("decay"), self.decay),
         )
+
+    def sizes(self, max_model_len: int, block_size: int) -> dict[str, int]:
+        """Budget, recent and segment in tokens, unchecked; see `resolve`.
+
+        None is larger than the longest request, where nothing is evicted.
+        """
+        assert self.budget is not None, "sizes() is for enabled policies"
+        budget = min(tokens_of(self.budget, max_model_len), max_model_len)
+        segment = whole = -(-max_model_len // block_size) * block_size
+        if self.segment != SEGMENT_PROMPT:
+            segment = min(int(self.segment), whole)
+        recent = tokens_of(self.recent, budget)
+        return {"budget": budget, "recent": recent, "segment": segment}
 
     def resolve(self, max_model_len: int, block_size: int) -> ResolvedKVPolicy:
         """Tie the policy to a model: shares become tokens, sizes are checked.
+
+        A budget beyond the longest request is cut to it.
 
         Args:
             max_model_len: Longest request in tokens.
@@ -324,41 +309,36 @@ class KVPolicyConfig:
         """
         assert self.budget is not None, "resolve() is for enabled policies"
         assert self.scoring is not None, "from_dict() fills defaults in"
-        budget = _tokens_of(self.budget, max_model_len)
-        recent = _tokens_of(self.recent, budget)
+        budget = tokens_of(self.budget, max_model_len)
+        recent = tokens_of(self.recent, budget)
         floor = self.sinks + recent + block_size
         if budget < floor:
-            raise _fail(
+            raise fail(
                 "--kv-budget",
                 f"{budget} tokens is smaller than sinks + recent + one block "
-                f"({self.sinks} + {recent} + {block_size} = {floor}).",
+                f"({self.sinks} + {recent} + {block_size} = {floor}); use more"
+                + (", or smaller blocks: --block-size 32." if block_size > 32 else "."),
             )
         if self.scoring == "vote" and recent < self.vote_every:
-            raise _fail(
+            raise fail(
                 option_flag("recent"),
                 f"{recent} tokens is less than vote_every ({self.vote_every}), so that "
                 "a token could be evicted before any query has voted on it.",
             )
-        if self.segment == SEGMENT_PROMPT:
-            segment = -(-max_model_len // block_size) * block_size
-        else:
-            segment = int(self.segment)
-            if segment != 1 and segment % block_size:
-                raise _fail(
-                    option_flag("segment"),
-                    f"{segment} is not a multiple of the block size {block_size} "
-                    f"(nor 1, nor {SEGMENT_PROMPT!r}).",
-                )
+        if self.segment not in (1, SEGMENT_PROMPT) and int(self.segment) % block_size:
+            raise fail(
+                option_flag("segment"),
+                f"{self.segment} is not a multiple of the block size {block_size} "
+                f"(nor 1, nor {SEGMENT_PROMPT!r}).",
+            )
         return ResolvedKVPolicy(
+            **self.sizes(max_model_len, block_size),
             name=self.name,
-            budget=budget,
             scoring=self.scoring,
             hash_bits=self.hash_bits,
             hash_source=self.hash_source,
             orthogonal=self.orthogonal,
             sinks=self.sinks,
-            recent=recent,
-            segment=segment,
             seed=self.seed,
             window=self.window,
             pool=self.pool,
@@ -371,7 +351,7 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {choices}."
-        raise _fail(option_flag(key), f"unknown value {value!r}; {hint}")
+        raise fail(option_flag(key), f"unknown value {value!r}; {hint}")
 
 
 def kv_policy(name: str = "hashevict", **options: Any) -> dict[str, dict[str, Any]]:
@@ -380,9 +360,31 @@ def kv_policy(name: str = "hashevict", **options: Any) -> dict[str, dict[str, An
     Example: ``LLM(model, additional_config=kv_policy(budget=1024, segment="prompt"))``.
 
     Raises:
-        KVPolicyError: As `KVPolicyConfig.from_dict`.
+        KVPolicyError: As `KVPolicyConfig.from_dict`, or when vLLM would not load the
+            plugin: it would serve the model without a policy, and without a word.
 
     """
     options = {"name": name, **options}
-    KVPolicyConfig.from_dict(options)
+    if KVPolicyConfig.from_dict(options).enabled:
+        _check_plugin()
     return {ADDITIONAL_CONFIG_KEY: options}
+
+
+def _check_plugin() -> None:
+    """Refuse an environment in which vLLM does not load this plugin.
+
+    As ``load_plugins_by_group`` (vllm/plugins/__init__.py) finds plugins.
+    """
+    if not any(e.name == PLUGIN for e in entry_points(group=PLUGIN_GROUP)):
+        raise fail(
+            "kv_policy",
+            "the package hashevict-vllm is not installed, so vLLM does not load its "
+            "plugin; run pip install in its directory.",
+        )
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None and PLUGIN not in named.split(","):
+        raise fail(
+            "VLLM_PLUGINS",
+            f"names {named!r}, so vLLM would serve without the policy; add {PLUGIN} to "
+            "it.",
+        )

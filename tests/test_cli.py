@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,18 @@ def test_a_namespace_may_be_read_twice(parser):
     args = parser.parse_args([*ON, "--additional-config", '{"other": 1}'])
     first, second = (AsyncEngineArgs.from_cli_args(args) for _ in range(2))
     assert first.additional_config == second.additional_config
-    assert args.additional_config == {"other": 1}
+    assert set(first.additional_config) == {"other", "kv_policy"}
+    assert parser.get_default("additional_config") == {}
+
+
+def test_a_spawned_server_that_has_not_loaded_the_plugin_knows_the_policy(parser):
+    """`run_api_server_worker_proc` unpickles the namespace, then reads it."""
+    args = parser.parse_args([*ON])
+    parent = AsyncEngineArgs.from_cli_args(args)
+    stock = EngineArgs.from_cli_args.__func__.__wrapped__
+    child = stock(AsyncEngineArgs, pickle.loads(pickle.dumps(args)))
+    assert child.additional_config == parent.additional_config
+    assert child.additional_config["kv_policy"]["budget"] == 1024
 
 
 def test_the_policy_can_be_given_in_additional_config_alone(policy_from):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from hashevict_vllm import config
 from hashevict_vllm.config import (
     ADDITIONAL_CONFIG_KEY,
     PRESETS,
@@ -31,9 +32,9 @@ def test_no_options_and_full_both_mean_stock_vllm(options):
 
 
 def test_a_name_and_a_budget_are_enough():
-    config = policy()
-    assert config.enabled
-    assert (config.budget, config.hash_bits, config.segment) == (1024, 64, 4096)
+    found = policy()
+    assert found.enabled
+    assert (found.budget, found.hash_bits, found.segment) == (1024, 64, 4096)
 
 
 def test_a_validated_config_cannot_be_changed():
@@ -107,6 +108,20 @@ def test_an_unknown_key_with_no_near_name_lists_the_valid_keys():
         ({**ON, "window": 0}, "--kv-policy-config.window"),
         ({**ON, "vote_every": 0}, "--kv-policy-config.vote_every"),
         ({**ON, "decay": 1.5}, "--kv-policy-config.decay"),
+        ({**ON, "decay": True}, "--kv-policy-config.decay"),
+        ({**ON, "decay": 10**400}, "--kv-policy-config.decay"),
+        ({**ON, "budget": 10**30}, "--kv-budget"),
+        ({**ON, "budget": 10**5000}, "--kv-budget"),
+        ({**ON, "hash_bits": True}, "--kv-policy-config.hash_bits"),
+        ({**ON, "sinks": False}, "--kv-policy-config.sinks"),
+        ({**ON, "segment": True}, "--kv-policy-config.segment"),
+        ({**ON, "sinks": 2**31}, "--kv-policy-config.sinks"),
+        ({**ON, "recent": 2**31}, "--kv-policy-config.recent"),
+        ({**ON, "segment": 2**31}, "--kv-policy-config.segment"),
+        ({**ON, "seed": 2**63}, "--kv-policy-config.seed"),
+        ({**ON, "window": 10**20}, "--kv-policy-config.window"),
+        ({**ON, "pool": 10**20}, "--kv-policy-config.pool"),
+        ({**ON, "vote_every": 10**20}, "--kv-policy-config.vote_every"),
         ({**ON, "hash_source": "query"}, "--kv-policy-config.hash_source"),
         ({**ON, "preset": "paper", "pool": 3}, "--kv-policy-config.pool"),
     ],
@@ -147,6 +162,41 @@ def test_shares_become_tokens_once_the_model_is_known():
 
 def test_a_whole_prompt_segment_covers_the_longest_request_in_whole_blocks():
     assert policy(segment="prompt").resolve(8100, 128).segment == 8192
+
+
+@pytest.mark.parametrize("budget", [8193, 2**31, 4 * 10**9, 10**12])
+def test_a_budget_beyond_the_longest_request_is_cut_to_it(budget):
+    resolved = policy(budget=budget).resolve(8192, 128)
+    assert (resolved.budget, resolved.recent) == (8192, 2048)
+
+
+def test_a_segment_beyond_the_longest_request_is_the_whole_prompt():
+    assert policy(segment=2**30).resolve(8100, 128).segment == 8192
+
+
+def test_the_largest_numbers_fit_where_they_go():
+    largest = {
+        "budget": config.MAX_BUDGET,
+        "sinks": config.MAX_TOKENS,
+        "recent": config.MAX_TOKENS,
+        "segment": config.MAX_TOKENS,
+        "seed": config.MAX_SEED,
+        "window": config.MAX_VOTES,
+        "pool": config.MAX_VOTES,
+        "vote_every": config.MAX_VOTES,
+    }
+    resolved = policy(**largest).resolve(2**20, 128)
+    assert resolved.seed < 2**63
+    tokens = (resolved.budget, resolved.segment, resolved.sinks, resolved.recent)
+    # Kernels compare them with positions, int32.
+    assert all(number <= 2**30 for number in tokens)
+
+
+def test_a_budget_too_small_for_large_blocks_is_told_of_smaller_ones():
+    with pytest.raises(KVPolicyError, match=r"= 160\); use more\.$"):
+        policy(budget=159, recent=112).resolve(8192, 32)
+    with pytest.raises(KVPolicyError, match=r"smaller blocks: --block-size 32\.$"):
+        policy(budget=100).resolve(8192, 128)
 
 
 def test_token_by_token_needs_no_multiple_of_the_block_size():

@@ -109,6 +109,76 @@ def test_arguments_and_environment_become_one_command(
     assert json.loads(done.stdout) == ["serve", *expected]
 
 
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]], ids=str)
+@pytest.mark.parametrize("named", [False, True], ids=["model in file", "model named"])
+def test_a_config_file_keeps_its_model(
+    form: list[str], named: bool, commands: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: org/of-the-file\nkv-policy: full\n")
+    model = ["org/model"] if named else []
+    arguments = [word.format(file) for word in form]
+    done = start(commands, *model, *arguments)
+    expected = ["serve", *model, "--port", "8000", "--config", str(file)]
+    assert json.loads(done.stdout) == expected
+    assert ("vLLM reads it as two words" in done.stderr) == (len(form) == 1)
+
+
+def test_a_port_in_a_config_file_is_refused_unless_the_environment_has_one(
+    commands: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 9000\n")
+    done = start(commands, "m", "--config", str(file))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"hashevict-vllm: {file}: port: set HASHEVICT_PORT instead, which the health "
+        "check reads too.\n"
+    )
+    done = start(commands, "m", "--config", str(file), HASHEVICT_PORT="9001")
+    assert json.loads(done.stdout)[1:4] == ["m", "--port", "9001"]
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]], ids=str)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: org/of-the-file\nport: 9000\n", []),
+        ("model: org/of-the-file\n", ["--port", "8000"]),
+    ],
+    ids=["port", "no port"],
+)
+def test_scripts_serve_leaves_model_and_port_to_a_config_file(
+    form: list[str], text: str, expected: list[str], commands: Path, tmp_path: Path
+) -> None:
+    """The script as it is, with its virtual environment stood in for."""
+    checkout = tmp_path / "checkout"
+    (checkout / "scripts" / "lib").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "serve", checkout / "scripts")
+    (checkout / "scripts" / "lib" / "environment.sh").write_text(
+        f'VENV={tmp_path}/venv\nsay() {{ echo "$*" >&2; }}\n'
+        "prepare_environment() { :; }\ndevice() { echo cpu; }\n"
+        "default_model() { echo default; }\n"
+    )
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "bin").symlink_to(commands)
+    (commands / "python").symlink_to(commands / "python3")
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    arguments = [word.format(file) for word in form]
+    done = subprocess.run(
+        [checkout / "scripts" / "serve", *arguments],
+        env={"PATH": f"{commands}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["serve", *expected, "--config", str(file)]
+    assert ("vLLM reads it as two words" in done.stderr) == (len(form) == 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "sentence"),
     [

@@ -204,4 +204,43 @@ def test_the_log_says_what_the_budget_buys(
     assert "KV budget: 256 tokens per KV head" in sentence
     assert "at most 8 blocks" in sentence
     assert "serves 8.0 requests of any length at once" in sentence
-    assert "stock vLLM 0.50 of 4096 tokens" in sentence
+    # 65 pages of 17,664 bytes are 70 of stock vLLM's 16,384, one its null block.
+    assert "stock vLLM 0.54 of 4096 tokens" in sentence
+
+
+def test_capacity_is_capped_by_the_longest_request(llama: Path) -> None:
+    """A budget that no request fills costs what the longest request holds."""
+    from hashevict_vllm.cache.capacity import describe_capacity
+
+    with engine(llama, {"budget": 4 * 10**9}, max_model_len=512) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        config = scheduler_of(llm).kv_cache_config
+        sentence = describe_capacity(core.vllm_config, config)
+        assert sentence is not None
+        page = 2 * manager_of(llm).kv_cache_spec.page_size_bytes  # two layers
+        assert "KV budget: 512 tokens per KV head" in sentence
+        assert f"at most 16 blocks ({16 * page / 2**20:.1f} MiB" in sentence
+        assert len(greedy(llm, [random_prompt(400)], 50)[0]) == 50
+
+
+def test_a_share_is_of_the_length_that_auto_settles_on(llama: Path) -> None:
+    """33 pages, one of them the null block: 1,024 tokens to read the longest prompt."""
+    policy = {"budget": "50%", "segment": 256}
+    short = {"num_gpu_blocks_override": 33, "max_model_len": -1}
+    with engine(llama, policy, **short) as llm:
+        length = llm.llm_engine.vllm_config.model_config.max_model_len
+        spec = manager_of(llm).kv_cache_spec
+        assert spec.policy.budget == length // 2
+        # 768 tokens of budget and a segment fill the pool: no longer length fits.
+        assert length == 2 * 768 + 1
+        (builder,) = {
+            group.get_metadata_builder().kv_cache_spec.policy
+            for groups in runner_of(llm).attn_groups
+            for group in groups
+        }
+        assert builder == spec.policy
+        prompt = random_prompt(1200)
+        tokens = greedy(llm, [prompt], 100)
+    fixed = {"budget": 768, "segment": 256}
+    with engine(llama, fixed, num_gpu_blocks_override=33, max_model_len=1537) as llm:
+        assert greedy(llm, [prompt], 100) == tokens

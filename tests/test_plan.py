@@ -172,13 +172,17 @@ def test_the_tables_of_a_round_say_what_its_pieces_say() -> None:
     assert arrays["slots"].tolist() == [p.slot + i for p, i in tokens]
     assert arrays["requests"].tolist() == [p.request for p, _ in tokens]
     assert arrays["evict"].tolist() == [p.evict for p, _ in tokens]
-    assert arrays["voters"].tolist() == [p.evict for p, _ in tokens]
-    assert arrays["replay"].tolist() == [[1, 192, 64, 1, 128, 1, 32, 0]]
+    # A token that has evicted is seen again where it votes.
+    assert arrays["replay"].tolist() == [
+        [0, 512, 1, 0, 128, 0, 0, 4],
+        [1, 192, 64, 1, 128, 1, 32, 0],
+    ]
     assert Pieces.of(pieces).query_start_loc().tolist() == [0, 1, 65, 67]
     assert Pieces.of(pieces).live.tolist() == [p.live_after_write for p in pieces]
     dtypes = {name: array.dtype for name, array in arrays.items()}
-    flags = {"evict": np.dtype(bool), "voters": np.dtype(bool)}
-    assert dtypes == dict.fromkeys(arrays, np.dtype(np.int32)) | flags
+    assert dtypes == dict.fromkeys(arrays, np.dtype(np.int32)) | {
+        "evict": np.dtype(bool)
+    }
 
 
 def test_rows_that_lie_together_are_a_slice() -> None:

@@ -1,8 +1,14 @@
-"""Says in plain words what a budget buys at the pool's size."""
+"""Says in plain words what a budget buys at the pool's size.
+
+`capacity` is the arithmetic, from sizes alone; `describe_capacity` reads the sizes out
+of an engine that has just made its pool.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
@@ -16,6 +22,81 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hashevict_vllm.cache")
 
 
+@dataclass(frozen=True)
+class GroupNeed:
+    """What one request holds in one group of layers, which share a block table.
+
+    Attributes:
+        blocks: Most blocks once its prompt is read.
+        peak: Most blocks while it is read.
+        stock: Blocks of stock vLLM for the longest request.
+        block_bytes: A block's pages of all layers of the group.
+        stock_block_bytes: The same without our metadata.
+        metadata_bytes: Signatures and positions in ``block_bytes``; 0 for a group that
+            the policy leaves alone.
+
+    """
+
+    blocks: int
+    peak: int
+    stock: int
+    block_bytes: int
+    stock_block_bytes: int
+    metadata_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a pool serves.
+
+    Attributes:
+        blocks: Most blocks of a request once its prompt is read, over all groups.
+        peak: Most blocks while it is read.
+        request_bytes: Bytes of ``blocks`` in budgeted groups.
+        metadata_share: Signatures and positions, as a share of K/V.
+        requests: Requests of any length at once (a fraction).
+        requests_reading: Requests at once while all read long prompts.
+        stock_requests: Requests of the longest length at once in stock vLLM, whose
+            smaller pages make more blocks of the same bytes.
+
+    """
+
+    blocks: int
+    peak: int
+    request_bytes: int
+    metadata_share: float
+    requests: float
+    requests_reading: float
+    stock_requests: float
+
+
+def capacity(groups: Sequence[GroupNeed], num_blocks: int) -> Capacity:
+    """What a pool of ``num_blocks`` blocks, one of them vLLM's null block, serves.
+
+    A block has room for the pages of the largest group (vLLM's kv_cache_utils.py).
+
+    Args:
+        groups: All groups of the model, at least one of them budgeted.
+        num_blocks: Blocks of the pool.
+
+    """
+    budgeted = [group for group in groups if group.metadata_bytes]
+    pool_bytes = num_blocks * max(group.block_bytes for group in groups)
+    stock_blocks = pool_bytes // max(group.stock_block_bytes for group in groups)
+    blocks = sum(group.blocks for group in groups)
+    peak = sum(group.peak for group in groups)
+    metadata = sum(group.metadata_bytes for group in budgeted)
+    return Capacity(
+        blocks=blocks,
+        peak=peak,
+        request_bytes=sum(group.blocks * group.block_bytes for group in budgeted),
+        metadata_share=metadata / sum(group.stock_block_bytes for group in budgeted),
+        requests=(num_blocks - 1) / blocks,
+        requests_reading=(num_blocks - 1) / peak,
+        stock_requests=(stock_blocks - 1) / sum(group.stock for group in groups),
+    )
+
+
 def describe_capacity(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> str | None:
@@ -26,43 +107,64 @@ def describe_capacity(
         kv_cache_config: The resolved pool and its groups.
 
     """
-    max_model_len = vllm_config.model_config.max_model_len
-    num_blocks = kv_cache_config.num_blocks - 1  # block 0 is vLLM's null block
-    blocks = peak = stock = page_bytes = metadata_bytes = 0
-    budgeted = None
+    policies, groups = [], []
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
         if isinstance(spec, UniformTypeKVCacheSpecs):
-            layer_specs = list(spec.kv_cache_specs.values())
-            spec = layer_specs[0]
+            layers = list(spec.kv_cache_specs.values())
         else:
-            layer_specs = [spec] * len(group.layer_names)
-        if isinstance(spec, BudgetedAttentionSpec):
-            budgeted = spec
-            blocks += min(spec.steady_blocks, cdiv(max_model_len, spec.block_size))
-            peak += spec.prefill_blocks(max_model_len)
-            stock += cdiv(max_model_len, spec.block_size)
-            page_bytes += sum(s.page_size_bytes for s in layer_specs)
-            metadata_bytes += sum(s.tail_bytes for s in layer_specs)
-        else:
-            same = cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)
-            blocks, peak, stock = blocks + same, peak + same, stock + same
-    if budgeted is None:
+            layers = [spec] * len(group.layer_names)
+        groups.append(_need(vllm_config, layers))
+        if isinstance(layers[0], BudgetedAttentionSpec):
+            policies.append(layers[0].policy)
+    if not policies:
         return None
-    policy = budgeted.policy
-    mib = budgeted.steady_blocks * page_bytes / 2**20
+    found = capacity(groups, kv_cache_config.num_blocks)
     return (
-        f"KV budget: {policy.budget} tokens per KV head. A request holds at most "
-        f"{blocks} blocks ({mib:.1f} MiB in budgeted layers, "
-        f"{100 * metadata_bytes / (page_bytes - metadata_bytes):.1f}% of K/V for "
-        f"signatures and positions) once its prompt is read, {peak} while it is. This "
-        f"pool of {num_blocks} blocks serves {num_blocks / blocks:.1f} requests of "
-        f"any length at once, {num_blocks / peak:.1f} while all read long prompts; "
-        f"stock vLLM {num_blocks / stock:.2f} of {max_model_len} tokens."
+        f"KV budget: {policies[0].budget} tokens per KV head. A request holds at most "
+        f"{found.blocks} blocks ({found.request_bytes / 2**20:.1f} MiB in budgeted "
+        f"layers, {100 * found.metadata_share:.1f}% of K/V for signatures and "
+        f"positions) once its prompt is read, {found.peak} while it is. This pool of "
+        f"{kv_cache_config.num_blocks - 1} blocks serves {found.requests:.1f} requests "
+        f"of any length at once, {found.requests_reading:.1f} while all read long "
+        f"prompts; stock vLLM {found.stock_requests:.2f} of "
+        f"{vllm_config.model_config.max_model_len} tokens."
     )
 
 
-def log_capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Log `describe_capacity` at INFO, where a layer is budgeted."""
-    if sentence := describe_capacity(vllm_config, kv_cache_config):
+def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:
+    """The need of one group, given the specs of its layers."""
+    spec = layers[0]
+    block_bytes = sum(layer.page_size_bytes for layer in layers)
+    # Mamba states have no padding of ours.
+    stock_bytes = sum(
+        getattr(layer, "unpadded_page_size_bytes", layer.page_size_bytes)
+        for layer in layers
+    )
+    if not isinstance(spec, BudgetedAttentionSpec):
+        blocks = cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)
+        return GroupNeed(blocks, blocks, blocks, block_bytes, stock_bytes)
+    longest = vllm_config.model_config.max_model_len
+    stock = cdiv(longest, spec.block_size)
+    return GroupNeed(
+        blocks=min(spec.steady_blocks, stock),
+        peak=spec.prefill_blocks(longest),
+        stock=stock,
+        block_bytes=block_bytes,
+        stock_block_bytes=stock_bytes,
+        metadata_bytes=sum(layer.tail_bytes for layer in layers),
+    )
+
+
+def log_capacity(
+    vllm_config: VllmConfig, kv_cache_configs: Sequence[KVCacheConfig]
+) -> None:
+    """Log `describe_capacity` at INFO, where a layer is budgeted.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_configs: Those of the workers; they differ in layer names only.
+
+    """
+    if sentence := describe_capacity(vllm_config, kv_cache_configs[0]):
         logger.info(sentence)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
@@ -11,13 +11,13 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from hashevict_vllm.cache.manager import BudgetedAttentionManager
 from hashevict_vllm.cache.page import tail_bytes
+from hashevict_vllm.compat.rules import policy_of
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,11 @@ class BudgetedAttentionSpec(AttentionSpec):
                 "--kv-policy: a sliding-window layer was turned into a full-attention "
                 "one (--disable-hybrid-kv-cache-manager); its budget is not defined."
             )
+        if type(spec) is not FullAttentionSpec or getattr(spec, "non_causal", False):
+            raise KVPolicyError(
+                f"--kv-policy: a layer keeps its cache as {type(spec).__name__}, which "
+                "a budget does not know; use --kv-policy full."
+            )
         if spec.head_size_v != spec.head_size or spec.page_size_padded is not None:
             raise KVPolicyError(
                 "--kv-policy: layers whose K and V differ in size or whose pages are "
@@ -96,17 +101,18 @@ class BudgetedAttentionSpec(AttentionSpec):
         return cdiv(min(num_tokens, most), self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of the largest request: the bound while its prompt is being read."""
-        max_model_len = vllm_config.model_config.max_model_len
-        return self.prefill_blocks(max_model_len) * self.page_size_bytes
+        """Bytes of the largest request: the bound while its prompt is being read.
 
-    def describe_capacity(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-    ) -> str | None:
-        """What the pool buys, for vLLM's log: see `cache.capacity`."""
-        from hashevict_vllm.cache.capacity import describe_capacity
-
-        return describe_capacity(vllm_config, kv_cache_config)
+        With ``--max-model-len auto`` vLLM tries lengths with it, and a budget may be a
+        share of the length.
+        """
+        model = vllm_config.model_config
+        spec = self
+        if model.original_max_model_len == -1:
+            config = policy_of(vllm_config.additional_config)
+            sizes: dict[str, Any] = config.sizes(model.max_model_len, self.block_size)
+            spec = replace(self, policy=replace(self.policy, **sizes))
+        return spec.prefill_blocks(model.max_model_len) * self.page_size_bytes
 
 
 # At import, so that every process that unpickles a spec knows its manager

@@ -330,10 +330,19 @@ def hybrid_manager_off(config: VllmConfig, policy: KVPolicyConfig) -> str | None
 
 def budget_sizes(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """Budget and segment against the block size, by `KVPolicyConfig.resolve`."""
+    longest = config.model_config.max_model_len
     try:
-        policy.resolve(config.model_config.max_model_len, block_size_of(config))
+        policy.resolve(longest, block_size_of(config))
     except KVPolicyError as error:
         return str(error)
+    if isinstance(policy.budget, int) and policy.budget > longest:
+        logger.warning(
+            "--kv-budget: %d tokens is more than the longest request has (%d), so "
+            "nothing will be evicted; were bytes meant? A budget counts tokens per KV "
+            "head.",
+            policy.budget,
+            longest,
+        )
     return None
 
 

@@ -16,12 +16,16 @@
 ``scheduler.py`` — the scheduler
     cuts a chunk that would take a step of too many attention calls.
 ``engine_core.py`` — the engine core
-    logs the capacity in plain words: tokens of budget and concurrent requests.
+    and workers refuse a model that the policy did not reach; the capacity is logged.
 ``request_stats.py`` — the engine's client
     counts tokens per request for a policy's metrics, and has a logger that shows them.
 ``block_zeroing.py`` — the KV cache's configuration and the CPU's model runner
     zero new blocks that budgeted layers share with others, as their metadata may lie
     where those keep K and V.
+``streaming_input.py`` — ``AsyncLLM``, ``LLMEngine`` and the engine core
+    refuse sessions that lengthen the prompt of a live request.
+``cpu_generators.py`` — the CPU's model runner
+    survives a request with ``seed`` whose prompt takes several steps.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -46,6 +50,8 @@ PATCHES = (
     "engine_core",
     "request_stats",
     "block_zeroing",
+    "streaming_input",
+    "cpu_generators",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""

@@ -44,6 +44,9 @@ class PolicyExtension:
             _show_refusals_without_traceback()
         if flags:
             _store(engine_args, cli.kv_policy_from_namespace(args))
+            # A spawned API server reads the namespace again before vLLM loads plugins.
+            args.additional_config = engine_args.additional_config
+            cli.forget_kv_policy_args(args)
 
     def before_engine_config(self, engine_args: EngineArgs) -> None:
         """Change the defaults that a policy cannot live with."""
@@ -134,7 +137,7 @@ def _store(engine_args: EngineArgs, policy: dict[str, Any] | None) -> None:
             f"--additional-config: must be a JSON object to hold the policy of "
             f"--kv-policy, got {additional!r}."
         )
-    # A copy: the dict belongs to the namespace, which vLLM may read again.
+    # A copy: the dict may be a default that parsers share.
     engine_args.additional_config = {**additional, ADDITIONAL_CONFIG_KEY: policy}
 
 

@@ -1,39 +1,84 @@
-"""Patches `vllm.v1.engine.core`: the log says the capacity in plain words.
+"""Patches where an engine learns what its layers' caches ask for, and sizes the pool.
 
-Where: the name ``update_kv_cache_capacity`` in ``vllm/v1/engine/core.py``, which logs
-stock vLLM's own capacity line once per engine. Why then: the pool's size is final, and
-no request has been admitted.
+Where: ``Worker.get_kv_cache_spec`` (vllm/v1/worker/gpu_worker.py, also the CPU's), as
+only a worker sees a layer beside its backend, and the name ``get_kv_cache_configs`` in
+``vllm/v1/engine/core.py``, called once with the specs of all workers. Why then: the
+model is loaded; after the latter the pool's size is final, as is the length with
+``--max-model-len auto``, and no request has been admitted.
 
-Upstream fix: patches/*/engine_core.patch, ``KVCacheSpec.describe_capacity``.
+Upstream fix: patches/*/engine_core.patch, ``KVCacheSpecRegistry.hooks``.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
-def in_vllm() -> bool:
-    """Whether vLLM asks a spec for its capacity line."""
-    from vllm.v1.kv_cache_interface import KVCacheSpec
+class PolicyHooks:
+    """The policy's part in sizing a pool."""
 
-    return hasattr(KVCacheSpec, "describe_capacity")
+    def check_layers(self, vllm_config: Any, specs: Any) -> None:
+        """Refuse layers that the policy did not reach: `cache.coverage`."""
+        from hashevict_vllm.cache.coverage import check_layers
+
+        check_layers(vllm_config, specs)
+
+    def check_model(self, vllm_config: Any, specs: Any) -> None:
+        """Refuse a model of which no layer is bounded: `cache.coverage`."""
+        from hashevict_vllm.cache.coverage import check_model
+
+        check_model(vllm_config, specs)
+
+    def finish(self, vllm_config: Any, kv_cache_configs: Any) -> None:
+        """Shares of the final length, then a line on what the pool buys."""
+        from hashevict_vllm.cache.capacity import log_capacity
+        from hashevict_vllm.cache.late import resolve_again
+
+        resolve_again(vllm_config, kv_cache_configs)
+        log_capacity(vllm_config, kv_cache_configs)
+
+
+def in_vllm() -> bool:
+    """Whether vLLM asks plugins about the specs of layers."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    return hasattr(KVCacheSpecRegistry, "hooks")
 
 
 def apply() -> None:
-    """Patch once per process; `BudgetedAttentionSpec` has the method already."""
+    """Patch once per process."""
     from vllm.v1.engine import core
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+    from vllm.v1.worker.gpu_worker import Worker
 
     if in_vllm():
-        return
-    stock = core.update_kv_cache_capacity
-    if hasattr(stock, "hashevict_stock"):
-        return
+        hooks = KVCacheSpecRegistry.hooks
+        if not any(isinstance(hook, PolicyHooks) for hook in hooks):
+            hooks.append(PolicyHooks())
+    elif not hasattr(core.get_kv_cache_configs, "hashevict_stock"):
+        hook = PolicyHooks()
+        core.get_kv_cache_configs = _core(core.get_kv_cache_configs, hook)
+        Worker.get_kv_cache_spec = _worker(Worker.get_kv_cache_spec, hook)
 
-    def update_kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
-        stock(vllm_config, kv_cache_config)
-        from hashevict_vllm.cache.capacity import log_capacity
 
-        log_capacity(vllm_config, kv_cache_config)
+def _core(stock: Any, hook: PolicyHooks) -> Any:
+    @functools.wraps(stock)
+    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, *rest: Any) -> Any:
+        hook.check_model(vllm_config, kv_cache_specs)
+        configs = stock(vllm_config, kv_cache_specs, *rest)
+        hook.finish(vllm_config, configs)
+        return configs
 
-    update_kv_cache_capacity.hashevict_stock = stock  # type: ignore[attr-defined]
-    core.update_kv_cache_capacity = update_kv_cache_capacity
+    get_kv_cache_configs.hashevict_stock = stock  # type: ignore[attr-defined]
+    return get_kv_cache_configs
+
+
+def _worker(stock: Any, hook: PolicyHooks) -> Any:
+    @functools.wraps(stock)
+    def get_kv_cache_spec(self: Any) -> Any:
+        specs = stock(self)
+        hook.check_layers(self.vllm_config, specs)
+        return specs
+
+    return get_kv_cache_spec

@@ -64,6 +64,7 @@ class KernelConstants:
     rule: np.ndarray
     strengths: np.ndarray
     team: np.ndarray
+    budget: int
 
     @classmethod
     def build(cls, layer: Any, spec: BudgetedAttentionSpec) -> KernelConstants:
@@ -99,4 +100,5 @@ class KernelConstants:
             rule=rule_array(policy),
             strengths=vote_strengths(policy, layer.impl.scale, spec.head_size),
             team=find_team(),
+            budget=policy.budget,
         )

@@ -56,7 +56,7 @@ class BudgetedImplMixin(BudgetedImpl):
                     places,
                     part.replay,
                     *common,
-                    self.policy.budget,
+                    constants.budget,
                 )
 
     def view_pages(self, kv_cache: torch.Tensor) -> LayerPages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checks import Fact
+from .engine_facts import ENGINE_FACTS
 
 BACKEND = "vllm/v1/attention/backend.py"
 CPU_BACKEND = "vllm/v1/attention/backends/cpu_attn.py"
@@ -289,11 +290,6 @@ PATCHES = (
         ),
     ),
     Fact(
-        "vllm/v1/core/kv_cache_utils.py:update_kv_cache_capacity",
-        "vllm_patches/engine_core.py wraps it",
-        takes=("vllm_config", "kv_cache_config"),
-    ),
-    Fact(
         f"{SPECS}:KVCacheConfig.needs_kv_cache_zeroing",
         "vllm_patches/block_zeroing.py wraps the property",
         says=("self.has_mamba_layers or self.has_mixed_precision_kv_cache",),
@@ -321,11 +317,6 @@ PATCHES = (
         "vllm/v1/worker/utils.py:KVBlockZeroer",
         "vllm_patches/block_zeroing.py relies on it on GPUs",
         says=("isinstance(spec, AttentionSpec)",),
-    ),
-    Fact(
-        "vllm/v1/engine/core.py:EngineCore",
-        "vllm_patches/engine_core.py replaces that name in its module",
-        says=("update_kv_cache_capacity(",),
     ),
     Fact(
         f"{RUNNER_V1}._build_attention_metadata",
@@ -453,5 +444,5 @@ EVAL = (
     ),
 )
 
-FACTS = (*ATTENTION, *CACHE, *PATCHES, *CONFIG, *EVAL)
+FACTS = (*ATTENTION, *CACHE, *PATCHES, *ENGINE_FACTS, *CONFIG, *EVAL)
 """What CPU and GPU have in common, and what is the CPU's alone."""

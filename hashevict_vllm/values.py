@@ -1,0 +1,70 @@
+"""Values of options as numbers within bounds, or one sentence for the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class KVPolicyError(ValueError):
+    """A setting that cannot be served; the message is one sentence for the user."""
+
+
+def fail(flag: str, reason: str) -> KVPolicyError:
+    """The error for a flag."""
+    return KVPolicyError(f"{flag}: {reason}")
+
+
+def as_int(flag: str, value: Any, minimum: int, maximum: int) -> int:
+    """An integer, also as text from a command line, within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise fail(flag, f"expected an integer, got {value!r}.")
+    try:
+        number = int(value)
+    except ValueError:
+        raise fail(flag, f"expected an integer, got {value!r}.") from None
+    if number < minimum:
+        raise fail(flag, f"must be at least {minimum}, got {number}.")
+    if number > maximum:
+        raise fail(flag, f"must be at most {maximum}.")
+    return number
+
+
+def as_tokens(flag: str, value: Any, minimum: int, maximum: int) -> int | str:
+    """A token count, or a share such as ``"25%"`` kept as a string."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        text = value.strip()
+        try:
+            share = float(text[:-1])
+        except ValueError:
+            raise fail(
+                flag, f"expected tokens or a share like 25%, got {value!r}."
+            ) from None
+        if not 0 < share <= 100:
+            raise fail(flag, f"a share must lie in (0%, 100%], got {text}.")
+        return text
+    try:
+        return as_int(flag, value, minimum, maximum)
+    except KVPolicyError as error:
+        if isinstance(value, str) and not value.strip().lstrip("-").isdigit():
+            raise fail(
+                flag, f"expected tokens or a share like 25%, got {value!r}."
+            ) from None
+        raise error
+
+
+def as_share(flag: str, value: Any) -> float:
+    """A number in (0, 1]; true is none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        share = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise fail(flag, f"expected a number in (0, 1], got {value!r}.") from None
+    if not 0 < share <= 1:
+        raise fail(flag, f"must lie in (0, 1], got {share}.")
+    return share
+
+
+def tokens_of(value: int | str, whole: int) -> int:
+    """What `as_tokens` read, in tokens."""
+    return int(whole * float(value[:-1]) / 100) if isinstance(value, str) else value

@@ -1,0 +1,69 @@
+"""What the patches rely on where an engine starts and takes requests."""
+
+from __future__ import annotations
+
+from .checks import Fact
+
+CORE = "vllm/v1/engine/core.py:EngineCore"
+RUNNER_V1 = "vllm/v1/worker/gpu_model_runner.py:GPUModelRunner"
+
+ENGINE_FACTS = (
+    Fact(
+        f"{CORE}._initialize_kv_caches",
+        "vllm_patches/engine_core.py replaces get_kv_cache_configs in its module, and "
+        "cache/late.py changes its result before workers and scheduler get it",
+        says=(
+            "= get_kv_cache_configs(vllm_config, kv_cache_specs, available_gpu_memory",
+            "generate_scheduler_kv_cache_config(kv_cache_configs)",
+        ),
+    ),
+    Fact(
+        "vllm/v1/worker/gpu_worker.py:Worker.get_kv_cache_spec",
+        "vllm_patches/engine_core.py looks at its result",
+        takes=("self",),
+        says=("self.model_runner.get_kv_cache_spec()",),
+    ),
+    Fact(
+        "vllm/config/model.py:ModelConfig",
+        "cache/late.py knows --max-model-len auto by it",
+        says=("self.original_max_model_len = self.max_model_len",),
+    ),
+    Fact(
+        "vllm/plugins/__init__.py:load_plugins_by_group",
+        "config.py refuses an environment in which the plugin is not loaded",
+        says=("envs.VLLM_PLUGINS", "plugin.name in allowed_plugins"),
+    ),
+    Fact(
+        "vllm/v1/engine/async_llm.py:AsyncLLM.add_request",
+        "vllm_patches/streaming_input.py refuses sessions before anything is stored",
+        says=("isinstance(prompt, AsyncGenerator)", "_add_streaming_input_request("),
+    ),
+    Fact(
+        "vllm/v1/engine/llm_engine.py:LLMEngine.add_request",
+        "vllm_patches/streaming_input.py refuses sessions before anything is stored",
+        says=("isinstance(prompt, EngineCoreRequest)",),
+    ),
+    Fact(
+        f"{CORE}.preprocess_add_request",
+        "vllm_patches/streaming_input.py wraps it",
+        takes=("self", "request"),
+    ),
+    Fact(
+        "vllm/v1/engine/__init__.py:EngineCoreRequest",
+        "vllm_patches/streaming_input.py reads it",
+        has=("resumable",),
+    ),
+    Fact(
+        f"{RUNNER_V1}._sample",
+        "vllm_patches/cpu_generators.py spares generators while it runs",
+        takes=("self", "logits", "spec_decode_metadata"),
+    ),
+    Fact(
+        f"{RUNNER_V1}._bookkeeping_sync",
+        "vllm_patches/cpu_generators.py hides generators from this line",
+        says=(
+            "self.input_batch.generators.get(int(i))",
+            "gen.set_offset(gen.get_offset() - 4)",
+        ),
+    ),
+)
