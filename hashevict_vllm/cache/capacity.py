@@ -38,9 +38,9 @@ def describe_capacity(
         else:
             layer_specs = [spec] * len(group.layer_names)
         if isinstance(spec, BudgetedAttentionSpec):
-            budgeted = spec
-            blocks += min(spec.steady_blocks, cdiv(max_model_len, spec.block_size))
-            peak += spec.prefill_blocks(max_model_len)
+            budgeted, bounds = spec, spec.bounds
+            blocks += bounds.decode_blocks(max_model_len)
+            peak += bounds.prefill_blocks(max_model_len)
             stock += cdiv(max_model_len, spec.block_size)
             page_bytes += sum(s.page_size_bytes for s in layer_specs)
             metadata_bytes += sum(s.tail_bytes for s in layer_specs)
@@ -50,7 +50,7 @@ def describe_capacity(
     if budgeted is None:
         return None
     policy = budgeted.policy
-    mib = budgeted.steady_blocks * page_bytes / 2**20
+    mib = budgeted.bounds.steady_blocks * page_bytes / 2**20
     return (
         f"KV budget: {policy.budget} tokens per KV head. A request holds at most "
         f"{blocks} blocks ({mib:.1f} MiB in budgeted layers, "

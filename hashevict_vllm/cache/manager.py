@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-if TYPE_CHECKING:
-    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.cache.bounds import BlockBounds
 
 
 class BudgetedAttentionManager(SingleTypeKVCacheManager):
@@ -25,24 +23,22 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
     ceil(C / N) again: the worker's append-only rows stay valid.
     """
 
-    kv_cache_spec: BudgetedAttentionSpec
-
-    def __init__(self, kv_cache_spec: BudgetedAttentionSpec, **kwargs: Any) -> None:
-        """As the base class."""
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        """As the base class; ``kv_cache_spec.bounds`` says how much a request holds."""
         super().__init__(kv_cache_spec, **kwargs)
+        self.bounds: BlockBounds = kv_cache_spec.bounds
         self._prompt_len: dict[str, int] = {}
         self._scratch_returned: set[str] = set()
 
     def _required_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks a request needs to have ``num_tokens`` tokens computed."""
-        spec = self.kv_cache_spec
-        after = cdiv(min(num_tokens, spec.policy.budget), self.block_size)
+        after = self.bounds.decode_blocks(num_tokens)
         if request_id in self._scratch_returned:
             return after
         # Before its first allocation a request's prompt length is not known here;
         # then all its tokens count as prompt, which is never too little.
         prompt = min(num_tokens, self._prompt_len.get(request_id, num_tokens))
-        return max(after, spec.prefill_blocks(prompt))
+        return max(after, self.bounds.prefill_blocks(prompt))
 
     def remove_skipped_blocks(
         self,
@@ -69,7 +65,7 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
             return
         self._scratch_returned.add(request_id)
         blocks = self.req_to_blocks[request_id]
-        keep = self.kv_cache_spec.steady_blocks
+        keep = self.bounds.steady_blocks
         scratch = blocks[keep:]
         del blocks[keep:]
         self.block_pool.free_blocks(reversed(scratch))

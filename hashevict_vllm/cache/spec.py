@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from hashevict_vllm.cache.bounds import BlockBounds
 from hashevict_vllm.cache.manager import BudgetedAttentionManager
 from hashevict_vllm.cache.page import tail_bytes
 from hashevict_vllm.config import KVPolicyError
@@ -78,21 +78,14 @@ class BudgetedAttentionSpec(AttentionSpec):
         return False
 
     @property
-    def steady_blocks(self) -> int:
-        """Most blocks a request holds once its prompt is read: ceil(C / N)."""
-        return cdiv(self.policy.budget, self.block_size)
-
-    def prefill_blocks(self, num_tokens: int) -> int:
-        """Most blocks held while a prompt is read up to ``num_tokens`` (design 1.4)."""
-        most = self.policy.budget
-        if self.policy.segment > 1:  # token by token evicts before it writes
-            most += self.policy.segment
-        return cdiv(min(num_tokens, most), self.block_size)
+    def bounds(self) -> BlockBounds:
+        """Most blocks of a request."""
+        return BlockBounds(self.policy.budget, self.policy.segment, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the largest request: the bound while its prompt is being read."""
         max_model_len = vllm_config.model_config.max_model_len
-        return self.prefill_blocks(max_model_len) * self.page_size_bytes
+        return self.bounds.prefill_blocks(max_model_len) * self.page_size_bytes
 
     def describe_capacity(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
