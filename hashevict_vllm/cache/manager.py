@@ -9,6 +9,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
 
 from hashevict_vllm.cache.bounds import BlockBounds
 
@@ -30,14 +31,20 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         self._prompt_len: dict[str, int] = {}
         self._scratch_returned: set[str] = set()
 
+    def meet_request(self, request: Request) -> None:
+        """Learn what bounds a request, before its blocks are looked up or counted.
+
+        Called by `hashevict_vllm.vllm_patches.kv_cache_manager` before any other
+        method, also for one that was preempted, whose output is no prompt.
+        """
+        self._prompt_len[request.request_id] = request.num_prompt_tokens
+
     def _required_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks a request needs to have ``num_tokens`` tokens computed."""
         after = self.bounds.decode_blocks(num_tokens)
         if request_id in self._scratch_returned:
             return after
-        # Before its first allocation a request's prompt length is not known here;
-        # then all its tokens count as prompt, which is never too little.
-        prompt = min(num_tokens, self._prompt_len.get(request_id, num_tokens))
+        prompt = min(num_tokens, self._prompt_len[request_id])
         return max(after, self.bounds.prefill_blocks(prompt))
 
     def remove_skipped_blocks(
@@ -53,13 +60,11 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         Args:
             request_id: The request.
             processed_computed_tokens: Tokens whose step has finished.
-            num_prompt_tokens: Length of the original prompt.
+            num_prompt_tokens: Length of the original prompt, which is known already.
 
         """
-        assert num_prompt_tokens is not None, "vLLM 0.32 passes the prompt length"
-        self._prompt_len[request_id] = num_prompt_tokens
         if (
-            processed_computed_tokens < num_prompt_tokens
+            processed_computed_tokens < self._prompt_len[request_id]
             or request_id in self._scratch_returned
         ):
             return

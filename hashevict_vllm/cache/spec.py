@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from hashevict_vllm.cache.bounds import BlockBounds
-from hashevict_vllm.cache.manager import BudgetedAttentionManager
+from hashevict_vllm.cache.copies import PageCopy, copy_pages
 from hashevict_vllm.cache.page import tail_bytes
+from hashevict_vllm.cache.prefix import PrefixCachingManager
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
@@ -74,8 +77,8 @@ class BudgetedAttentionSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Blocks lose their token order, so no prefix of them can be shared."""
-        return False
+        """With votes: other rules mark what they evict by later tokens' queries."""
+        return self.policy.votes
 
     @property
     def bounds(self) -> BlockBounds:
@@ -86,6 +89,17 @@ class BudgetedAttentionSpec(AttentionSpec):
         """Bytes of the largest request: the bound while its prompt is being read."""
         max_model_len = vllm_config.model_config.max_model_len
         return self.bounds.prefill_blocks(max_model_len) * self.page_size_bytes
+
+    def copy_blocks(self, kv_cache: torch.Tensor, copies: Sequence[PageCopy]) -> None:
+        """Copy pages of a layer, before a forward.
+
+        Args:
+            kv_cache: [B, H, N, 2D] as vLLM binds it.
+            copies: Copies of blocks of this layer's group.
+
+        """
+        words = make_rule(self.policy).words
+        copy_pages(kv_cache, self.page_size_bytes, words, copies)
 
     def describe_capacity(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
@@ -102,6 +116,6 @@ class BudgetedAttentionSpec(AttentionSpec):
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(
     BudgetedAttentionSpec,
-    BudgetedAttentionManager,
+    PrefixCachingManager,
     uniform_type_base_spec=BudgetedAttentionSpec,
 )

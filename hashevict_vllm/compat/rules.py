@@ -39,8 +39,9 @@ LOCAL_LAYER_TYPES = frozenset(
 """Hugging Face ``layer_types`` of layers whose state does not grow with the prompt."""
 
 PREFIX_CACHING_SENTENCE = (
-    "--enable-prefix-caching: blocks of a bounded cache hold different tokens for "
-    "every request and cannot be shared; drop the flag or use --kv-policy full."
+    "--enable-prefix-caching: needs scoring 'vote', as the other rules judge a prompt "
+    "by queries that a cached prefix no longer computes; drop the flag or use "
+    "--kv-policy hashevict with its default scoring."
 )
 
 Rule = Callable[["VllmConfig", KVPolicyConfig], "str | None"]
@@ -75,8 +76,9 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 def default_prefix_caching_off(engine_args: EngineArgs) -> None:
-    """Switch vLLM's default of prefix caching off, before it is resolved.
+    """Switch vLLM's default of prefix caching off for rules without votes.
 
+    Called before it is resolved:
     ``EngineArgs.enable_prefix_caching`` is ``None`` until
     ``_set_default_chunked_prefill_and_prefix_caching_args`` fills it in
     (vllm/engine/arg_utils.py).
@@ -85,11 +87,18 @@ def default_prefix_caching_off(engine_args: EngineArgs) -> None:
         KVPolicyError: When the user asked for prefix caching.
 
     """
+    if caches_prefixes(policy_of(engine_args.additional_config)):
+        return
     if engine_args.enable_prefix_caching:
         raise KVPolicyError(PREFIX_CACHING_SENTENCE)
     if engine_args.enable_prefix_caching is None:
         engine_args.enable_prefix_caching = False
-        logger.info("Prefix caching is off: a KV policy bounds the KV cache.")
+        logger.info("Prefix caching is off: it needs a KV policy that votes.")
+
+
+def caches_prefixes(policy: KVPolicyConfig) -> bool:
+    """Whether a policy can live with prefix caching: it votes."""
+    return policy.scoring == "vote"
 
 
 def is_supported_vllm(version: str) -> bool:
@@ -290,9 +299,9 @@ def kv_events(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 
 def prefix_caching(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """``CacheConfig.enable_prefix_caching``; see `default_prefix_caching_off`."""
-    return (
-        PREFIX_CACHING_SENTENCE if config.cache_config.enable_prefix_caching else None
-    )
+    if not config.cache_config.enable_prefix_caching or caches_prefixes(policy):
+        return None
+    return PREFIX_CACHING_SENTENCE
 
 
 def context_parallel(config: VllmConfig, policy: KVPolicyConfig) -> str | None:

@@ -15,6 +15,12 @@
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
 ``engine_core.py`` — the engine core
     logs the capacity in plain words: tokens of budget and concurrent requests.
+``kv_cache_manager.py`` — ``KVCacheManager``
+    introduces requests to its managers, which describe their block copies.
+``scheduler.py`` — ``Scheduler``
+    lets managers shorten a chunk, so that what it fills can be cached.
+``block_copies.py`` — both model runners
+    copy blocks with their tails.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -36,6 +42,9 @@ PATCHES = (
     "model_runner_v2",
     "decode_graphs",
     "engine_core",
+    "kv_cache_manager",
+    "scheduler",
+    "block_copies",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""
