@@ -8,7 +8,7 @@ from support.engine import engine, greedy, runner_of, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
 
-from hashevict_vllm.cache.manager import BudgetedAttentionManager
+from hashevict_vllm.cache.prefix import PrefixCachingManager
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 
 POLICY = {"budget": 201, "segment": 64}
@@ -38,7 +38,7 @@ def test_only_full_attention_layers_are_budgeted(gemma3: Path) -> None:
         layer: BudgetedAttentionSpec if layer in (2, 5) else SlidingWindowSpec
         for layer in range(6)
     }
-    assert managers == {BudgetedAttentionManager, SlidingWindowManager}
+    assert managers == {PrefixCachingManager, SlidingWindowManager}
     assert backends == {CPUAttentionBackend}
 
 

@@ -1,10 +1,10 @@
 """A worker on paper: real scheduler and managers, pages of hashes instead of K and V.
 
 Every slot holds what made it: a hash of the token prefix, of the votes cast on it, and
-whether it is marked as evicted. `LiveSet` says, from the definition of the policy alone,
-what a request's slots must hold after n tokens; the worker follows the scheduler's
-output as vLLM's model runners do (append-only rows, copies before the forward), reads
-what its rows hold and complains when that is not what the prefix makes.
+whether it is marked as evicted. `LiveSet` says, from the definition of the policy
+alone, what a request's slots must hold after n tokens; the worker follows the
+scheduler's output as vLLM's model runners do (append-only rows, copies before the
+forward), reads what its rows hold and complains when that is not what the prefix makes.
 """
 
 from __future__ import annotations

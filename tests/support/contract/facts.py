@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checks import Fact
+from .prefix_facts import PREFIX_FACTS
 
 BACKEND = "vllm/v1/attention/backend.py"
 CPU_BACKEND = "vllm/v1/attention/backends/cpu_attn.py"
@@ -147,7 +148,7 @@ CACHE = (
     ),
     Fact(
         f"{MANAGER}.find_longest_cache_hit",
-        "cache/manager.py overrides it to never hit",
+        "cache/manager.py and cache/prefix.py override it",
         takes=(
             *("cls", "block_hashes", "max_length", "kv_cache_group_ids"),
             *("block_pool", "kv_cache_spec", "drop_eagle_block"),
@@ -179,7 +180,7 @@ CACHE = (
     ),
     Fact(
         f"{RUNNER_V1}._update_states",
-        "worker rows of running requests are append-only (cache/manager.py)",
+        "worker rows of running requests are append-only (cache/prefix.py)",
         says=("block_ids.extend(new_ids)",),
     ),
     Fact(
@@ -410,5 +411,5 @@ EVAL = (
     ),
 )
 
-FACTS = (*ATTENTION, *CACHE, *PATCHES, *CONFIG, *EVAL)
+FACTS = (*ATTENTION, *CACHE, *PREFIX_FACTS, *PATCHES, *CONFIG, *EVAL)
 """What CPU and GPU have in common, and what is the CPU's alone."""
