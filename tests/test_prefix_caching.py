@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.engine import engine, greedy, runner_of, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
@@ -69,7 +68,8 @@ def work(llm: Any) -> Iterator[list[list[int]]]:
     for length in LENGTHS:
         yield greedy(llm, [random_prompt(length, seed=9)], 20)
     yield tokens_of(outputs(llm, [shared(30, 20)], n=3))
-    yield greedy(llm, [random_prompt(190, seed=9), random_prompt(96, seed=9)], 130)
+    # Budgets that are reached in decode, and pools that then turn out too small.
+    yield greedy(llm, [random_prompt(40 + 30 * i, seed=9) for i in range(6)], 150)
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +196,8 @@ def salted_hits(llm: Any) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("byte", [0x7F, 0xFF])
-def test_stale_bytes_in_recycled_blocks_change_nothing(byte: int, llama: Path) -> None:
+def test_stale_bytes_in_recycled_blocks_change_nothing(llama: Path) -> None:
+    """Signatures, positions and votes are NaN; K and V are not, for stock's kernel."""
     with caching_engine(llama, SEGMENTS) as llm:
         expected = list(work(llm))
         pool = scheduler_of(llm).kv_cache_manager.block_pool
@@ -206,8 +206,8 @@ def test_stale_bytes_in_recycled_blocks_change_nothing(byte: int, llama: Path) -
         words = make_rule(resolve(SEGMENTS)).words
         for cache in runner_of(llm).kv_caches:
             pages = view_pages(cache, words)
-            cache.view(torch.uint8)[idle] = byte
-            pages.tail.view(torch.uint8)[idle] = byte
+            cache[idle] = 3e38
+            pages.tail[idle] = -1
             # Votes of raw blocks are nobody's.
             raw = [i for i in cached if pool.blocks[i].block_hash_num_tokens]
             pages.tail[raw, :, words - 1] = 0x7FC00000

@@ -259,11 +259,13 @@ def test_a_kv_connector_is_refused_by_name(llama):
     assert "OffloadingConnector" in text
 
 
-def test_kv_events_are_refused_because_prefix_caching_is_off(llama):
+def test_kv_events_are_refused_where_prefix_caching_is_off(llama):
     from vllm.config.kv_events import KVEventsConfig
 
-    text = refusal(llama, kv_events_config=KVEventsConfig(enable_kv_cache_events=True))
+    events = {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True)}
+    text = refusal(llama, policy=INSTANT, **events)
     assert_is_one_sentence(text, "--kv-events-config")
+    engine_args(llama, **events).create_engine_config()
 
 
 def test_a_diffusion_language_model_is_refused(llama):

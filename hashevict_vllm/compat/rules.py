@@ -291,9 +291,11 @@ def kv_events(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     events = config.kv_events_config
     if events is None or not events.enable_kv_cache_events:
         return None
+    if config.cache_config.enable_prefix_caching:
+        return None
     return (
-        "--kv-events-config: events report prefix-cached blocks, "
-        "and prefix caching is off with a KV policy."
+        "--kv-events-config: events report prefix-cached blocks, and prefix caching is "
+        "off; it needs a KV policy that votes."
     )
 
 

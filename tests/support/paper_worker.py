@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
+    get_block_hash,
     get_request_block_hasher,
     init_none_hash,
     make_block_hash_with_group_id,
+    maybe_convert_block_hash,
 )
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -193,6 +196,8 @@ class PaperEngine:
             stock_preempt(request, *args, **kwargs)
 
         self.scheduler._preempt_request = preempt
+        self.announced: set[Any] = set()
+        self.scheduler.kv_event_publisher.publish = self._hear
 
     # -- what a user does ----------------------------------------------------------
 
@@ -330,6 +335,21 @@ class PaperEngine:
     def _slots(self, row: Row) -> Iterator[Slot]:
         for block in row.blocks:
             yield from self.pages[block]
+
+    def _hear(self, batch: Any) -> None:
+        """Follow events as a router does."""
+        for event in batch.events:
+            if isinstance(event, AllBlocksCleared):
+                self.announced.clear()
+            elif isinstance(event, BlockStored):
+                self.announced.update(event.block_hashes)
+            else:
+                self.announced.difference_update(event.block_hashes)
+        if not self.waiting:
+            held = self.pool.cached_block_hash_to_block._cache
+            assert self.announced <= {
+                maybe_convert_block_hash(get_block_hash(key)) for key in held
+            }
 
     # -- what lies under hashes ------------------------------------------------------
 
