@@ -135,7 +135,7 @@ def test_a_preemption_in_the_step_that_hashed_leaves_nothing_under_a_hash(
 ) -> None:
     """The less urgent request is planned first, then gives way to the other."""
     options = {"long_prefill_token_threshold": 8, "scheduler_reserve_full_isl": False}
-    engine = paper_engine(model, POLICIES["one segment"], 9, 16, **options)
+    engine = paper_engine(model, POLICIES["one segment"], 11, 16, **options)
     engine.add("less", [1] * 30, 6, priority=1)
     engine.step()
     engine.add("more", [2] * 8, 6, priority=0)
