@@ -354,6 +354,18 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
         raise fail(option_flag(key), f"unknown value {value!r}; {hint}")
 
 
+def policy_of(additional_config: Any) -> KVPolicyConfig:
+    """Read the policy out of vLLM's ``additional_config``; absent means off.
+
+    Raises:
+        KVPolicyError: As `KVPolicyConfig.from_dict`.
+
+    """
+    if not isinstance(additional_config, Mapping):
+        return KVPolicyConfig()
+    return KVPolicyConfig.from_dict(additional_config.get(ADDITIONAL_CONFIG_KEY))
+
+
 def kv_policy(name: str = "hashevict", **options: Any) -> dict[str, dict[str, Any]]:
     """Build vLLM's ``additional_config`` for Python users.
 

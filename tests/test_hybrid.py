@@ -11,7 +11,7 @@ from support.engine import engine, greedy, runner_of, scheduler_of
 from support.models import make_gemma4, random_prompt
 from support.oracle import Oracle, resolve
 
-from hashevict_vllm.cache.manager import BudgetedAttentionManager
+from hashevict_vllm.cache.prefix import PrefixCachingManager
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 
 POLICY = {"budget": 201, "segment": 64}
@@ -41,7 +41,7 @@ def test_only_full_attention_layers_are_budgeted(gemma3: Path) -> None:
         layer: BudgetedAttentionSpec if layer in (2, 5) else SlidingWindowSpec
         for layer in range(6)
     }
-    assert managers == {BudgetedAttentionManager, SlidingWindowManager}
+    assert managers == {PrefixCachingManager, SlidingWindowManager}
     assert backends == {CPUAttentionBackend}
 
 

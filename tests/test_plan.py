@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from support.oracle import resolve
 
 from hashevict_vllm.attention.cpu.metadata import round_arrays
-from hashevict_vllm.attention.plan import (
+from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
+from hashevict_vllm.plan import (
     MAX_ROUNDS,
     Piece,
     cut_chunk,
     limit_chunk,
     occupied_slots,
 )
-from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
 
 policies = st.builds(
     lambda budget, segment: resolve(

@@ -132,6 +132,7 @@ MODEL_REASONS = {
     "replay_window": "R-SWA",
     "prefix_lm": "attends in both directions inside images",
 }
+INSTANT = kv_policy(budget=512, scoring="instant")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 # Rule: (engine arguments, flag that the sentence names, words of the reason).
 FLAGS = {
@@ -147,9 +148,9 @@ FLAGS = {
         "overwrites tokens inside a block",
     ),
     "prefix_caching": (
-        {"enable_prefix_caching": True},
+        {"enable_prefix_caching": True, "policy": INSTANT},
         "--enable-prefix-caching",
-        "cannot be shared",
+        "needs scoring 'vote'",
     ),
     "kv_sharing_fast_prefill": (
         {"kv_sharing_fast_prefill": True},
@@ -257,11 +258,13 @@ def test_a_kv_connector_is_refused_by_name(llama):
     assert "OffloadingConnector" in text
 
 
-def test_kv_events_are_refused_because_prefix_caching_is_off(llama):
+def test_kv_events_are_refused_where_prefix_caching_is_off(llama):
     from vllm.config.kv_events import KVEventsConfig
 
-    text = refusal(llama, kv_events_config=KVEventsConfig(enable_kv_cache_events=True))
+    events = {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True)}
+    text = refusal(llama, policy=INSTANT, **events)
     assert_is_one_sentence(text, "--kv-events-config")
+    engine_args(llama, **events).create_engine_config()
 
 
 def test_a_diffusion_language_model_is_refused(llama):
@@ -325,12 +328,36 @@ def test_tensor_and_pipeline_parallelism_are_accepted(llama):
     assert args.create_engine_config().parallel_config.world_size == 4
 
 
-def test_prefix_caching_is_switched_off_with_one_log_line(llama, monkeypatch):
+@pytest.mark.parametrize(
+    "policy",
+    [
+        INSTANT,
+        kv_policy(budget=512, preset="paper"),
+        kv_policy(budget=512, preset="reference"),
+        *(kv_policy(name, budget=512) for name in ("streaming_llm", "random")),
+    ],
+    ids=["instant", "paper", "reference", "streaming_llm", "random"],
+)
+def test_without_votes_prefix_caching_is_off_with_one_log_line(
+    policy, llama, monkeypatch
+):
     lines = []
     monkeypatch.setattr(rules.logger, "info", lines.append)
-    config = engine_args(llama, cls=AsyncEngineArgs).create_engine_config()
-    assert config.cache_config.enable_prefix_caching is False
-    assert lines == ["Prefix caching is off: a KV policy bounds the KV cache."]
+    args = engine_args(llama, cls=AsyncEngineArgs, policy=policy)
+    assert args.create_engine_config().cache_config.enable_prefix_caching is False
+    assert lines == ["Prefix caching is off: it needs a KV policy that votes."]
+    text = refusal(llama, policy=policy, enable_prefix_caching=True)
+    assert_is_one_sentence(text, "--enable-prefix-caching")
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_with_votes_prefix_caching_is_as_in_stock(given, llama, monkeypatch):
+    lines = []
+    monkeypatch.setattr(rules.logger, "info", lines.append)
+    args = engine_args(llama, cls=AsyncEngineArgs, enable_prefix_caching=given)
+    enabled = args.create_engine_config().cache_config.enable_prefix_caching
+    assert enabled is (given is not False)
+    assert lines == []
 
 
 @pytest.mark.parametrize("policy", [{}, {"kv_policy": {"name": "full"}}])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from support.engine import engine, runner_of, scheduler_of
 from support.models import random_prompt
 from test_memory import add
 
-from hashevict_vllm.attention.plan import MAX_ROUNDS
-from hashevict_vllm.vllm_patches.scheduler import limit_rounds
+from hashevict_vllm.plan import MAX_ROUNDS
 
 POLICY = {"budget": 96, "segment": 32, "sinks": 4, "recent": 8}
 PROMPT = 40
@@ -78,14 +76,3 @@ def test_a_neighbour_gets_a_token_every_few_rounds_while_a_request_resumes(
     # The prompt and what fits behind it are two rounds, every further token is one.
     assert len(got) == -(-(2 + PROMPT + GENERATED - 96) // MAX_ROUNDS)
     assert got == list(range(got[0], got[0] + len(got)))
-
-
-def test_chunks_are_left_alone_where_no_layer_is_budgeted() -> None:
-    coordinator = SimpleNamespace(
-        single_type_managers=[SimpleNamespace(kv_cache_spec=object())]
-    )
-    scheduler = SimpleNamespace(
-        kv_cache_manager=SimpleNamespace(coordinator=coordinator)
-    )
-    request = SimpleNamespace(num_prompt_tokens=1)
-    assert limit_rounds(scheduler, request, 0, 8192) == 8192

@@ -1,6 +1,6 @@
 """A step's pieces as arrays, for all requests at once.
 
-What `hashevict_vllm.attention.plan` says of one request, without Python objects: a
+What `hashevict_vllm.plan` says of one request, without Python objects: a
 server plans hundreds of requests in every step, and a layer of a small model takes less
 time than their objects. Both devices cut their steps here; tests/test_plan.py compares
 every number with `plan`, which is the text to read first.
@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hashevict_vllm.attention.plan import Piece
+from hashevict_vllm.plan import Piece
 from hashevict_vllm.resolved import VOTE_HORIZON, ResolvedKVPolicy
 
 

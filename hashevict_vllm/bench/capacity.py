@@ -125,9 +125,9 @@ def budget_row(
     return {
         "length": length,
         "budget": policy.budget,
-        "bytes_per_request": spec.steady_blocks * block,
+        "bytes_per_request": spec.bounds.steady_blocks * block,
         "metadata_share": spec.tail_bytes / spec.unpadded_page_size_bytes,
-        "requests": blocks / spec.steady_blocks,
-        "requests_while_reading": blocks / spec.prefill_blocks(length),
+        "requests": blocks / spec.bounds.steady_blocks,
+        "requests_while_reading": blocks / spec.bounds.prefill_blocks(length),
         "longest_context": None,
     }

@@ -4,7 +4,7 @@ A request has generated an answer far beyond its budget; a neighbour decodes bes
 The first is preempted by the scheduler's own means, and resumes: every token that had
 evicted takes an attention call of its own. Timed are the steps until it decodes again,
 in each of which the neighbour gets one token; ``--rounds`` are values of
-`hashevict_vllm.attention.plan.MAX_ROUNDS` that are compared, in turn.
+`hashevict_vllm.plan.MAX_ROUNDS` that are compared, in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import time
 from typing import Any
 
-from hashevict_vllm.attention import plan
+from hashevict_vllm import plan
 from hashevict_vllm.bench.results import Results
 from hashevict_vllm.bench.scenarios import BLOCK_SIZE, model_directory, own_pool
 from hashevict_vllm.config import kv_policy

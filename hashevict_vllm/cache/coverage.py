@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
-from hashevict_vllm.compat.rules import policy_of
-from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.config import KVPolicyError, policy_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
 
-if TYPE_CHECKING:
-    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.cache.bounds import BlockBounds
 
 
 class BudgetedAttentionManager(SingleTypeKVCacheManager):
     """Bounds a request to C + S slots while its prompt is read, to C afterwards.
 
     Lengths follow from token counts alone, as the worker's plan does
-    (`hashevict_vllm.attention.plan`): after x tokens of a prompt of P, at most
+    (`hashevict_vllm.plan`): after x tokens of a prompt of P, at most
     min(x, C + S) slots are in use; after the prompt, min(x, C). So the scratch is freed
     once, when the last prompt token has been processed, and the table never grows past
     ceil(C / N) again: the worker's append-only rows stay valid.
     """
 
-    kv_cache_spec: BudgetedAttentionSpec
-
-    def __init__(self, kv_cache_spec: BudgetedAttentionSpec, **kwargs: Any) -> None:
-        """As the base class."""
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        """As the base class; ``kv_cache_spec.bounds`` says how much a request holds."""
         super().__init__(kv_cache_spec, **kwargs)
+        self.bounds: BlockBounds = kv_cache_spec.bounds
         self._prompt_len: dict[str, int] = {}
         self._scratch_returned: set[str] = set()
 
+    def meet_request(self, request: Request) -> None:
+        """Learn what bounds a request, before its blocks are looked up or counted.
+
+        Called by `hashevict_vllm.vllm_patches.kv_cache_manager` before any other
+        method, also for one that was preempted, whose output is no prompt.
+        """
+        self._prompt_len[request.request_id] = request.num_prompt_tokens
+
     def _required_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks a request needs to have ``num_tokens`` tokens computed."""
-        spec = self.kv_cache_spec
-        after = cdiv(min(num_tokens, spec.policy.budget), self.block_size)
+        after = self.bounds.decode_blocks(num_tokens)
         if request_id in self._scratch_returned:
             return after
-        # Before its first allocation a request's prompt length is not known here;
-        # then all its tokens count as prompt, which is never too little.
-        prompt = min(num_tokens, self._prompt_len.get(request_id, num_tokens))
-        return max(after, spec.prefill_blocks(prompt))
+        prompt = min(num_tokens, self._prompt_len[request_id])
+        return max(after, self.bounds.prefill_blocks(prompt))
 
     def remove_skipped_blocks(
         self,
@@ -57,19 +60,17 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         Args:
             request_id: The request.
             processed_computed_tokens: Tokens whose step has finished.
-            num_prompt_tokens: Length of the original prompt.
+            num_prompt_tokens: Length of the original prompt, which is known already.
 
         """
-        assert num_prompt_tokens is not None, "vLLM 0.32 passes the prompt length"
-        self._prompt_len[request_id] = num_prompt_tokens
         if (
-            processed_computed_tokens < num_prompt_tokens
+            processed_computed_tokens < self._prompt_len[request_id]
             or request_id in self._scratch_returned
         ):
             return
         self._scratch_returned.add(request_id)
         blocks = self.req_to_blocks[request_id]
-        keep = self.kv_cache_spec.steady_blocks
+        keep = self.bounds.steady_blocks
         scratch = blocks[keep:]
         del blocks[keep:]
         self.block_pool.free_blocks(reversed(scratch))

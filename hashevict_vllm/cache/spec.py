@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.utils.math_utils import cdiv
+import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from hashevict_vllm.cache.manager import BudgetedAttentionManager
+from hashevict_vllm.cache.bounds import BlockBounds
+from hashevict_vllm.cache.copies import PageCopy, copy_pages
 from hashevict_vllm.cache.page import tail_bytes
-from hashevict_vllm.compat.rules import policy_of
-from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.cache.prefix import PrefixCachingManager
+from hashevict_vllm.config import KVPolicyError, policy_of
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -85,20 +87,13 @@ class BudgetedAttentionSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Blocks lose their token order, so no prefix of them can be shared."""
-        return False
+        """With votes: other rules mark what they evict by later tokens' queries."""
+        return self.policy.votes
 
     @property
-    def steady_blocks(self) -> int:
-        """Most blocks a request holds once its prompt is read: ceil(C / N)."""
-        return cdiv(self.policy.budget, self.block_size)
-
-    def prefill_blocks(self, num_tokens: int) -> int:
-        """Most blocks held while a prompt is read up to ``num_tokens`` (design 1.4)."""
-        most = self.policy.budget
-        if self.policy.segment > 1:  # token by token evicts before it writes
-            most += self.policy.segment
-        return cdiv(min(num_tokens, most), self.block_size)
+    def bounds(self) -> BlockBounds:
+        """Most blocks of a request."""
+        return BlockBounds(self.policy.budget, self.policy.segment, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the largest request: the bound while its prompt is being read.
@@ -112,7 +107,18 @@ class BudgetedAttentionSpec(AttentionSpec):
             config = policy_of(vllm_config.additional_config)
             sizes: dict[str, Any] = config.sizes(model.max_model_len, self.block_size)
             spec = replace(self, policy=replace(self.policy, **sizes))
-        return spec.prefill_blocks(model.max_model_len) * self.page_size_bytes
+        return spec.bounds.prefill_blocks(model.max_model_len) * self.page_size_bytes
+
+    def copy_blocks(self, kv_cache: torch.Tensor, copies: Sequence[PageCopy]) -> None:
+        """Copy pages of a layer, before a forward.
+
+        Args:
+            kv_cache: [B, H, N, 2D] as vLLM binds it.
+            copies: Copies of blocks of this layer's group.
+
+        """
+        words = make_rule(self.policy).words
+        copy_pages(kv_cache, self.page_size_bytes, words, copies)
 
 
 # At import, so that every process that unpickles a spec knows its manager
@@ -121,6 +127,6 @@ class BudgetedAttentionSpec(AttentionSpec):
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(
     BudgetedAttentionSpec,
-    BudgetedAttentionManager,
+    PrefixCachingManager,
     uniform_type_base_spec=BudgetedAttentionSpec,
 )

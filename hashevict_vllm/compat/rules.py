@@ -9,10 +9,10 @@ Rules that depend on the device are in `device`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ..config import ADDITIONAL_CONFIG_KEY, KVPolicyConfig, KVPolicyError
+from ..config import KVPolicyConfig, KVPolicyError, policy_of
 from .device import (
     block_size_of,
     cpu_block_size,
@@ -39,23 +39,12 @@ LOCAL_LAYER_TYPES = frozenset(
 """Hugging Face ``layer_types`` of layers whose state does not grow with the prompt."""
 
 PREFIX_CACHING_SENTENCE = (
-    "--enable-prefix-caching: blocks of a bounded cache hold different tokens for "
-    "every request and cannot be shared; drop the flag or use --kv-policy full."
+    "--enable-prefix-caching: needs scoring 'vote', as the other rules judge a prompt "
+    "by queries that a cached prefix no longer computes; drop the flag or use "
+    "--kv-policy hashevict with its default scoring."
 )
 
 Rule = Callable[["VllmConfig", KVPolicyConfig], "str | None"]
-
-
-def policy_of(additional_config: Any) -> KVPolicyConfig:
-    """Read the policy out of vLLM's ``additional_config``; absent means off.
-
-    Raises:
-        KVPolicyError: As `KVPolicyConfig.from_dict`.
-
-    """
-    if not isinstance(additional_config, Mapping):
-        return KVPolicyConfig()
-    return KVPolicyConfig.from_dict(additional_config.get(ADDITIONAL_CONFIG_KEY))
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -75,8 +64,9 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 def default_prefix_caching_off(engine_args: EngineArgs) -> None:
-    """Switch vLLM's default of prefix caching off, before it is resolved.
+    """Switch vLLM's default of prefix caching off for rules without votes.
 
+    Called before it is resolved:
     ``EngineArgs.enable_prefix_caching`` is ``None`` until
     ``_set_default_chunked_prefill_and_prefix_caching_args`` fills it in
     (vllm/engine/arg_utils.py).
@@ -85,11 +75,18 @@ def default_prefix_caching_off(engine_args: EngineArgs) -> None:
         KVPolicyError: When the user asked for prefix caching.
 
     """
+    if caches_prefixes(policy_of(engine_args.additional_config)):
+        return
     if engine_args.enable_prefix_caching:
         raise KVPolicyError(PREFIX_CACHING_SENTENCE)
     if engine_args.enable_prefix_caching is None:
         engine_args.enable_prefix_caching = False
-        logger.info("Prefix caching is off: a KV policy bounds the KV cache.")
+        logger.info("Prefix caching is off: it needs a KV policy that votes.")
+
+
+def caches_prefixes(policy: KVPolicyConfig) -> bool:
+    """Whether a policy can live with prefix caching: it votes."""
+    return policy.scoring == "vote"
 
 
 def is_supported_vllm(version: str) -> bool:
@@ -282,17 +279,19 @@ def kv_events(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     events = config.kv_events_config
     if events is None or not events.enable_kv_cache_events:
         return None
+    if config.cache_config.enable_prefix_caching:
+        return None
     return (
-        "--kv-events-config: events report prefix-cached blocks, "
-        "and prefix caching is off with a KV policy."
+        "--kv-events-config: events report prefix-cached blocks, and prefix caching is "
+        "off; it needs a KV policy that votes."
     )
 
 
 def prefix_caching(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """``CacheConfig.enable_prefix_caching``; see `default_prefix_caching_off`."""
-    return (
-        PREFIX_CACHING_SENTENCE if config.cache_config.enable_prefix_caching else None
-    )
+    if not config.cache_config.enable_prefix_caching or caches_prefixes(policy):
+        return None
+    return PREFIX_CACHING_SENTENCE
 
 
 def context_parallel(config: VllmConfig, policy: KVPolicyConfig) -> str | None:

@@ -1,6 +1,6 @@
 """How many tokens a request has kept and lost, from token counts alone.
 
-As on the worker (`hashevict_vllm.attention.plan`), nothing has to be asked of the
+As on the worker (`hashevict_vllm.plan`), nothing has to be asked of the
 cache: how many slots are live follows from how many tokens were written. Every KV head
 of every layer evicts one token where another does, so one number serves them all.
 """

@@ -17,8 +17,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from hashevict_vllm.attention.gpu.forward import DeviceImplMixin
 from hashevict_vllm.attention.gpu.metadata import DeviceMetadataBuilderMixin
-from hashevict_vllm.attention.plan import occupied_slots
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.plan import occupied_slots
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 MAX_TOKENS, MAX_MODEL_LEN = 96, 512

@@ -13,8 +13,6 @@
     does so too, without a copy to or from the device.
 ``decode_graphs.py`` — both model runners
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
-``scheduler.py`` — the scheduler
-    cuts a chunk that would take a step of too many attention calls.
 ``engine_core.py`` — the engine core
     and workers refuse a model that the policy did not reach; the capacity is logged.
 ``request_stats.py`` — the engine's client
@@ -26,6 +24,12 @@
     refuse sessions that lengthen the prompt of a live request.
 ``cpu_generators.py`` — the CPU's model runner
     survives a request with ``seed`` whose prompt takes several steps.
+``kv_cache_manager.py`` — ``KVCacheManager``
+    introduces requests to its managers, which describe their block copies.
+``scheduler.py`` — ``Scheduler``
+    lets managers shorten a chunk, so that what it fills can be cached.
+``block_copies.py`` — both model runners
+    copy blocks with their tails.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -52,6 +56,8 @@ PATCHES = (
     "block_zeroing",
     "streaming_input",
     "cpu_generators",
+    "kv_cache_manager",
+    "block_copies",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from hashevict_vllm.compat.rules import policy_of
+from hashevict_vllm.config import policy_of
 
 
 def in_vllm() -> bool:

@@ -1,76 +1,60 @@
-"""Patches `Scheduler`: the chunk of a request may be shortened before it is scheduled.
+"""Patches `Scheduler`: managers may shorten a chunk.
 
-Where: ``Scheduler._reserve_prefill_lookahead`` in ``vllm/v1/core/sched/scheduler.py``,
-the last word on the length of every chunk, of running and of waiting requests alike.
-Why then: it is told the tokens computed so far, and no block has been allocated yet.
+Where: ``Scheduler._mamba_block_aligned_split`` of ``vllm/v1/core/sched/scheduler.py``,
+which the scheduler asks, for running and for waiting requests, how many of a chunk's
+tokens to read in this step, where ``need_mamba_block_aligned_split`` is set. Why there:
+a prompt read in one step would fill its first blocks and overwrite them at once, and
+the state at the end of a segment lasts until the next step only. And a request that
+resumes after a preemption reads its output again, where whatever evicts takes an
+attention call per token (`plan.limit_chunk`): thousands in one step would hold up all
+other requests.
 
-A request that resumes after a preemption reads its output again, where whatever evicts
-takes one attention call per token (`plan.cut_chunk`). In one step thousands of calls
-would hold up all other requests; in several steps these go on in between.
-
-Upstream fix: patches/*/scheduler.patch, ``Scheduler.chunk_limits``.
+Upstream fix: patches/*/scheduler.patch, ``SingleTypeKVCacheManager.limit_chunk``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from hashevict_vllm.attention.plan import limit_chunk
-
 
 def in_vllm() -> bool:
-    """Whether vLLM lets plugins shorten chunks."""
-    from vllm.v1.core.sched.scheduler import Scheduler
+    """Whether vLLM's scheduler asks its managers."""
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-    return hasattr(Scheduler, "chunk_limits")
+    return hasattr(SingleTypeKVCacheManager, "limit_chunk")
 
 
 def apply() -> None:
     """Patch once per process."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    stock = Scheduler._reserve_prefill_lookahead
-    if in_vllm():
-        if limit_rounds not in Scheduler.chunk_limits:
-            Scheduler.chunk_limits.append(limit_rounds)
-    elif not hasattr(stock, "hashevict_stock"):
-        Scheduler._reserve_prefill_lookahead = _wrap(stock)
+    stock = Scheduler._mamba_block_aligned_split
+    if in_vllm() or hasattr(stock, "hashevict_stock"):
+        return
+    init = Scheduler.__init__
 
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._limiting = [m for m in managers if hasattr(m, "limit_chunk")]
+        self._stock_split = self.need_mamba_block_aligned_split
+        self.need_mamba_block_aligned_split |= bool(self._limiting)
 
-def _wrap(stock: Any) -> Any:
-    def _reserve_prefill_lookahead(
-        self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int
+    def _mamba_block_aligned_split(
+        self: Any,
+        request: Any,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
     ) -> int:
-        limited = limit_rounds(self, request, num_computed_tokens, num_new_tokens)
-        return stock(self, request, num_computed_tokens, limited)
+        computed = (num_new_local_computed_tokens, num_external_computed_tokens)
+        start = request.num_computed_tokens + sum(computed)
+        for manager in self._limiting:
+            num_new_tokens = manager.limit_chunk(request, start, num_new_tokens)
+        if not self._stock_split:
+            return num_new_tokens
+        return stock(self, request, num_new_tokens, *computed)
 
-    _reserve_prefill_lookahead.hashevict_stock = stock  # type: ignore[attr-defined]
-    return _reserve_prefill_lookahead
-
-
-def limit_rounds(
-    scheduler: Any, request: Any, num_computed_tokens: int, num_new_tokens: int
-) -> int:
-    """Tokens of a chunk, as many as `plan.limit_chunk` allows.
-
-    Args:
-        scheduler: Knows the specs of the KV cache.
-        request: vLLM's request.
-        num_computed_tokens: Its tokens before the chunk.
-        num_new_tokens: What the scheduler would have.
-
-    """
-    if num_new_tokens <= 1:  # decode
-        return num_new_tokens
-    from hashevict_vllm.cache.spec import BudgetedAttentionSpec
-
-    for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
-        spec = manager.kv_cache_spec
-        if isinstance(spec, BudgetedAttentionSpec):
-            return limit_chunk(
-                spec.policy,
-                num_computed_tokens,
-                num_new_tokens,
-                request.num_prompt_tokens,
-            )
-    return num_new_tokens
+    _mamba_block_aligned_split.hashevict_stock = stock  # type: ignore[attr-defined]
+    Scheduler.__init__ = __init__
+    Scheduler._mamba_block_aligned_split = _mamba_block_aligned_split

@@ -35,7 +35,7 @@ def refuse_sessions(vllm_config: Any) -> None:
     """
     from vllm.exceptions import VLLMValidationError
 
-    from hashevict_vllm.compat.rules import policy_of
+    from hashevict_vllm.config import policy_of
 
     if policy_of(vllm_config.additional_config).enabled:
         raise VLLMValidationError(SENTENCE)

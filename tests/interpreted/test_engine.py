@@ -17,7 +17,7 @@ from hashevict_vllm.verify.interpreter import allow_triton, as_on_a_gpu
 allow_triton()
 
 from support import xformers_reference  # noqa: E402
-from support.engine import engine, greedy, runner_of  # noqa: E402
+from support.engine import engine, greedy, runner_of, scheduler_of  # noqa: E402
 from support.models import make_llama, random_prompt  # noqa: E402
 from support.oracle import Oracle, resolve  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import (  # noqa: E402
@@ -79,3 +79,34 @@ def test_tokens_equal_the_oracle_with_both_model_runners(
         [oracle.greedy(prompt, resolved, TOKENS) for prompt in batch]
         for batch in prompts
     ]
+
+
+@pytest.mark.parametrize("runner", ["1", "0"])
+def test_prefix_caching_changes_no_token_with_both_model_runners(
+    runner: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    policy = {"budget": 48, "recent": 8, **RULES["vote"]}
+    text = random_prompt(90, seed=3)
+    prompts = [text[:70], text, text[:50] + random_prompt(10, seed=4)]
+    options = {"block_size": 16, "attention_backend": "TRITON_ATTN", **SIZES}
+    hits = []
+    with (
+        as_on_a_gpu("TRITON_ATTN"),
+        engine(llama, policy, enable_prefix_caching=True, **options) as llm,
+    ):
+        assert isinstance(runner_of(llm), GPUModelRunnerV2) == (runner == "1")
+        manager = scheduler_of(llm).kv_cache_manager
+        stock = manager.get_computed_blocks
+
+        def look_up(request: Any) -> Any:
+            found = stock(request)
+            hits.append(found[1])
+            return found
+
+        manager.get_computed_blocks = look_up
+        tokens = [greedy(llm, [prompt], TOKENS)[0] for prompt in prompts]
+    # The state after two segments, then raw blocks up to the first voter.
+    assert hits == [0, 64, 48]
+    oracle, resolved = Oracle(llama), resolve(policy, 16)
+    assert tokens == [oracle.greedy(prompt, resolved, TOKENS) for prompt in prompts]

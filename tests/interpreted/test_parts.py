@@ -13,7 +13,6 @@ from support.oracle import resolve
 from support.paged_triton import SCALE, TritonLayer
 
 from hashevict_vllm.attention.gpu.rule import device_rule
-from hashevict_vllm.attention.plan import Piece, cut_chunk
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
@@ -21,6 +20,7 @@ from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.bits import popcount
 from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.kernels.triton.pieces import NAMES
+from hashevict_vllm.plan import Piece, cut_chunk
 
 POISON = -123456789
 

@@ -29,6 +29,8 @@ def engine(
         "max_num_seqs": 1,
         "kv_cache_memory_bytes": 64 << 20,
         "disable_log_stats": True,
+        # Tests of prefix caching switch it on: others repeat prompts and poison pools.
+        "enable_prefix_caching": False,
     }
     if policy is not None:
         options["additional_config"] = kv_policy(**policy)

@@ -115,7 +115,7 @@ MUTATIONS = (
     ),
     Mutation(
         "reduction",
-        "attention/plan.py",
+        "plan.py",
         "compact = stop == boundary and slot + stop - position > budget",
         "compact = stop == boundary and slot + stop - position >= budget",
         PLAN,

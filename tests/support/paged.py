@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from hashevict_vllm.attention.cpu.constants import rule_array, vote_strengths
-from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.attention.rounds import Pieces
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels.cpu import launch
 from hashevict_vllm.kernels.cpu.team import find_team
 from hashevict_vllm.kernels.cpu.tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
+from hashevict_vllm.plan import cut_chunk, occupied_slots
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 

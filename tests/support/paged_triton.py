@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
-from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
+from hashevict_vllm.plan import cut_chunk, occupied_slots
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 POISON = 0x5A

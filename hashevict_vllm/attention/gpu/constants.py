@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
-from hashevict_vllm.attention.plan import most_slots
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.rule import DeviceRule
+from hashevict_vllm.plan import most_slots
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

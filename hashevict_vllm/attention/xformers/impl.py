@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from hashevict_vllm.attention.plan import most_slots
 from hashevict_vllm.attention.xformers.attend import attend, gather
 from hashevict_vllm.attention.xformers.calls import SCRATCH_SLOTS
 from hashevict_vllm.attention.xformers.metadata import XformersMetadata
 from hashevict_vllm.attention.xformers.support import CUSTOM
 from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.plan import most_slots
 
 if TYPE_CHECKING:
     from hashevict_vllm.config import ResolvedKVPolicy

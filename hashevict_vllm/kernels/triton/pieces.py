@@ -1,6 +1,6 @@
 """The table that tells kernels what to do with each request.
 
-A row is a `hashevict_vllm.attention.plan.Piece`, in int32 columns; a row whose count is
+A row is a `hashevict_vllm.plan.Piece`, in int32 columns; a row whose count is
 zero asks for nothing, so a table may be longer than its batch (CUDA graphs).
 """
 

@@ -1,4 +1,4 @@
-"""Plans a round on the device: what `hashevict_vllm.attention.plan` does on the host.
+"""Plans a round on the device: what `hashevict_vllm.plan` does on the host.
 
 How many slots a request uses follows from token counts alone, so a handful of integers
 per request suffice, and no length has to come to the host.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .checks import Fact
 from .engine_facts import ENGINE_FACTS
+from .prefix_facts import PREFIX_FACTS
 
 BACKEND = "vllm/v1/attention/backend.py"
 CPU_BACKEND = "vllm/v1/attention/backends/cpu_attn.py"
@@ -149,7 +150,7 @@ CACHE = (
     ),
     Fact(
         f"{MANAGER}.find_longest_cache_hit",
-        "cache/manager.py overrides it to never hit",
+        "cache/manager.py and cache/prefix.py override it",
         takes=(
             *("cls", "block_hashes", "max_length", "kv_cache_group_ids"),
             *("block_pool", "kv_cache_spec", "drop_eagle_block"),
@@ -181,7 +182,7 @@ CACHE = (
     ),
     Fact(
         f"{RUNNER_V1}._update_states",
-        "worker rows of running requests are append-only (cache/manager.py)",
+        "worker rows of running requests are append-only (cache/prefix.py)",
         says=("block_ids.extend(new_ids)",),
     ),
     Fact(
@@ -275,19 +276,6 @@ PATCHES = (
         f"{ARGS}:EngineArgs._set_default_chunked_prefill_and_prefix_caching_args",
         "compat/rules.py decides on prefix caching while it is None",
         says=("self.enable_prefix_caching is None",),
-    ),
-    Fact(
-        f"{SCHEDULER}._reserve_prefill_lookahead",
-        "vllm_patches/scheduler.py wraps it to shorten chunks",
-        takes=("self", "request", "num_computed_tokens", "num_new_tokens"),
-    ),
-    Fact(
-        f"{SCHEDULER}.schedule",
-        "vllm_patches/scheduler.py relies on it for running and for waiting requests",
-        says=(
-            *("_reserve_prefill_lookahead(", "allocate_slots("),
-            *("_reserve_prefill_lookahead(", "allocate_slots("),
-        ),
     ),
     Fact(
         f"{SPECS}:KVCacheConfig.needs_kv_cache_zeroing",
@@ -444,5 +432,13 @@ EVAL = (
     ),
 )
 
-FACTS = (*ATTENTION, *CACHE, *PATCHES, *ENGINE_FACTS, *CONFIG, *EVAL)
+FACTS = (
+    *ATTENTION,
+    *CACHE,
+    *PREFIX_FACTS,
+    *PATCHES,
+    *ENGINE_FACTS,
+    *CONFIG,
+    *EVAL,
+)
 """What CPU and GPU have in common, and what is the CPU's alone."""
