@@ -17,12 +17,17 @@ _CORES = sorted(os.sched_getaffinity(0))
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(_CORES[_WORKER % len(_CORES)])
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from support.models import make_gemma3, make_llama  # noqa: E402
 from support.oracle import Oracle  # noqa: E402
 
 torch.set_num_threads(1)
+
+# A busy machine is slow, which is no fault of what is tested.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -193,8 +193,8 @@ def test_the_largest_numbers_fit_where_they_go():
 
 
 def test_a_budget_too_small_for_large_blocks_is_told_of_smaller_ones():
-    with pytest.raises(KVPolicyError, match=r"= 160\); use more\.$"):
-        policy(budget=159, recent=112).resolve(8192, 32)
+    with pytest.raises(KVPolicyError, match=r"= 148\); use more\.$"):
+        policy(budget=147, recent=112).resolve(8192, 32)
     with pytest.raises(KVPolicyError, match=r"smaller blocks: --block-size 32\.$"):
         policy(budget=100).resolve(8192, 128)
 
