@@ -125,8 +125,13 @@ def test_the_log_says_what_the_budget_buys(server):
     assert "requests of any length at once" in sentence[0]
 
 
-def test_prefix_caching_is_switched_off_with_one_line(server):
-    assert server.log().count("Prefix caching is off: ") == 1
+def test_prefix_caching_is_on_as_in_stock_vllm(server, client):
+    prompt = facts(45)
+    first = complete(client, prompt, 4)
+    before = server.metric("prefix_cache_hits_total")
+    second = complete(client, prompt, 4)
+    assert server.metric("prefix_cache_hits_total") - before >= BUDGET
+    assert second.choices[0].text == first.choices[0].text
 
 
 # -- the API ---------------------------------------------------------------------
