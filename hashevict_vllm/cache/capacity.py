@@ -49,7 +49,9 @@ def describe_capacity(
             blocks, peak, stock = blocks + same, peak + same, stock + same
     if budgeted is None:
         return None
-    policy = budgeted.policy
+    policy, cached = budgeted.policy, ""
+    if budgeted.prefix_cacheable and vllm_config.cache_config.enable_prefix_caching:
+        cached = " Cached prefixes lie in blocks that are free, and take no request's."
     mib = budgeted.bounds.steady_blocks * page_bytes / 2**20
     return (
         f"KV budget: {policy.budget} tokens per KV head. A request holds at most "
@@ -58,7 +60,7 @@ def describe_capacity(
         f"signatures and positions) once its prompt is read, {peak} while it is. This "
         f"pool of {num_blocks} blocks serves {num_blocks / blocks:.1f} requests of "
         f"any length at once, {num_blocks / peak:.1f} while all read long prompts; "
-        f"stock vLLM {num_blocks / stock:.2f} of {max_model_len} tokens."
+        f"stock vLLM {num_blocks / stock:.2f} of {max_model_len} tokens.{cached}"
     )
 
 
