@@ -1,4 +1,4 @@
-"""Copies of pages: K, V and tails arrive, votes and marks do not, nothing else moves."""
+"""Copies of pages: K, V and tails arrive, votes and marks do not; no other changes."""
 
 from __future__ import annotations
 
