@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,11 @@ def test_two_tensor_parallel_ranks_give_the_same_tokens(
     llama: Path, expected: Expected
 ) -> None:
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    tokens = generate_in_subprocess(llama, env, expected, 100, tensor_parallel_size=2)
-    assert tokens == [output[:100] for output in expected.tokens]
+    # Twice, so that the second time pages are copied on both ranks.
+    twice = replace(expected, prompts=expected.prompts * 2)
+    options = {"tensor_parallel_size": 2, "enable_prefix_caching": True}
+    tokens = generate_in_subprocess(llama, env, twice, 100, **options)
+    assert tokens == [output[:100] for output in expected.tokens * 2]
 
 
 @pytest.mark.serial

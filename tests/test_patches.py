@@ -24,7 +24,8 @@ from hashevict_vllm.vllm_patches import PATCHES as RUN_TIME_PATCHES
 from hashevict_vllm.vllm_patches import in_vllm
 
 POLICY = {"budget": 201, "segment": 64}
-PROMPTS = [random_prompt(length, seed=3) for length in (20, 333, 700)]
+# Every one begins as the one before, so that prefix caching has work to do.
+PROMPTS = [random_prompt(length, seed=3) for length in (20, 333, 700, 700)]
 TOKENS = 100
 
 
@@ -71,6 +72,7 @@ def test_patched_vllm_generates_the_same_tokens_without_run_time_patches(
     copy: Path, llama: Path
 ) -> None:
     job = {"model": str(llama), "policy": POLICY, "prompts": PROMPTS, "tokens": TOKENS}
+    job["options"] = {"enable_prefix_caching": True}
     done = run(copy, "-m support.patched_vllm", input=json.dumps(job))
     assert done.returncode == 0, done.stderr[-4000:]
     answer = json.loads(done.stdout.splitlines()[-1])

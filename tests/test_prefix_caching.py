@@ -14,7 +14,6 @@ from support.oracle import Oracle, resolve
 
 from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.policies import make_rule
-from hashevict_vllm.reuse import Reuse
 
 SEGMENTS = {"budget": 201, "segment": 64}
 HELD = {"budget": 201, "segment": "prompt"}
@@ -261,20 +260,3 @@ def preempt_after(llm: Any, num_tokens: int) -> None:
         return stock(*args, **kwargs)
 
     scheduler.schedule = schedule
-
-
-def test_hits_leave_all_voters_to_be_computed() -> None:
-    """The numbers against a token-by-token reading of the rule."""
-    for policy in (SEGMENTS, HELD, {"budget": 192, "segment": 1}, {"budget": 700}):
-        resolved = resolve(policy)
-        for prompt_len in (*range(1, 30), *range(180, 480, 7), 700, 701, 1500):
-            reuse = Reuse(resolved, 32, prompt_len)
-            voter = next(
-                t for t in range(3000) if resolved.voters(t, t + 1, prompt_len)
-            )
-            assert reuse.first_voter == voter
-            assert reuse.longest_raw_hit <= voter
-            for start in range(0, prompt_len, 50):
-                for end in (start + 1, start + 64, start + 300):
-                    stop = reuse.chunk_end(start, end)
-                    assert start < stop <= end

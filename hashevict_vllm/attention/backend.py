@@ -62,7 +62,7 @@ def wrap_backend(
         "get_impl_cls": staticmethod(lambda: impl),
         "get_builder_cls": staticmethod(lambda: builder),
         "customize_spec": classmethod(customize_spec),
-        # A padded page cannot be split into kernel blocks; prefix sharing is refused.
+        # A padded page cannot be split into kernel blocks.
         "supports_kv_connector": classmethod(lambda cls: False),
         **parts.backend,
     }

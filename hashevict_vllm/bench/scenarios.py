@@ -24,6 +24,7 @@ class Scenario:
         in_flight: Requests at a time.
         pool_tokens: Tokens that stock vLLM's pool holds; ours has as many bytes.
         budget: ``--kv-budget`` of ours.
+        turns: Of chats, the tokens that each turn adds; ``prompt`` is their sum.
 
     """
 
@@ -34,11 +35,13 @@ class Scenario:
     in_flight: int
     pool_tokens: int
     budget: int
+    turns: tuple[int, ...] = ()
 
     @property
     def max_model_len(self) -> int:
         """Room for the chat template's and the tokenizer's own tokens, too."""
-        return whole_blocks(self.prompt + self.output + 64)
+        replies = max(len(self.turns), 1) * self.output
+        return whole_blocks(self.prompt + replies + 64)
 
 
 def whole_blocks(tokens: int) -> int:
@@ -55,6 +58,8 @@ SCENARIOS = {
     "deep": Scenario("default", 256, 7680, 4, 4, 8192, 1024),
     # Reading prompts is most of the work, and their scratch most of the memory.
     "prompts": Scenario("default", 3072, 256, 24, 12, 4 * 4096, 512),
+    # A long text, then questions about it: what prefix caching is for.
+    "chat": Scenario("default", 3496, 64, 8, 2, 32768, 1024, (3000, 100, 396)),
     "long": Scenario("random", 256, 9216, 1, 1, 16384, 1024),
 }
 """By name; see ``scripts/bench serve --help``."""

@@ -5,7 +5,9 @@ spinning threads. With ``--cpus`` stock and ours run at once, each on processors
 own, which the next round swaps: what slows the machine for a while slows both.
 Scenarios: ample (budget of at least the length), tight and deep (pools that stock
 overflows), prompts (long ones, short answers), long (inter-token latency as one answer
-grows). ``stock`` runs without this plugin, ``off`` with it and without a policy.
+grows), chat (turns that repeat what was said). ``stock`` runs without this plugin,
+``off`` with it and without a policy, ``uncached`` with the default policy and without
+prefix caching.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import replace
 from threading import Barrier
 from typing import Any
 
-from hashevict_vllm.bench import server, timing
+from hashevict_vllm.bench import chat, server, timing
 from hashevict_vllm.bench.results import Results, show_progress
 from hashevict_vllm.bench.scenarios import (
     BLOCK_SIZE,
@@ -38,6 +40,9 @@ METRICS = {
 }
 """Ours: the client's."""
 
+CHAT_METRICS = (*METRICS, "later_ttft_ms")
+"""Of chats: ``ttft_ms`` is that of first turns."""
+
 WINDOW = 128
 """Tokens over which the latency at a length is averaged, to either side."""
 
@@ -50,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies",
         nargs="+",
         default=["hashevict"],
-        help="compared with stock: names of --kv-policy, or off",
+        help="compared with stock: names of --kv-policy, off, or uncached",
     )
     add("--rounds", type=int, default=3, help="starts of every server")
     add(
@@ -62,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="directory of another model, for all scenarios")
     add("--budget", type=int, help="another budget")
     add("--output-tokens", type=int, help="other answers, for a quick run")
+    add("--requests", type=int, help="another number of requests, likewise")
     add("--eager", action="store_true", help="servers with --enforce-eager")
     add(
         "--policy-config", default="", metavar="JSON", help="--kv-policy-config of ours"
@@ -78,22 +84,31 @@ def run(options: argparse.Namespace, results: Results) -> None:
             scenario = replace(scenario, budget=options.budget)
         if options.output_tokens:
             scenario = replace(scenario, output=options.output_tokens)
+        if options.requests:
+            scenario = replace(scenario, requests=options.requests)
         scenario = replace(scenario, model=options.model or scenario.model)
         kv_bytes_per_token(model_directory(scenario.model))  # before there are threads
         pairs: dict[str, list[Pair]] = {policy: [] for policy in options.policies}
         for turn in show_progress(range(options.rounds), f"serve {name}"):
             for policy, pair in take_turn(turn, scenario, options, results, name):
                 pairs[policy].append(pair)
-        for policy in options.policies:
-            compared = compare(pairs[policy])
-            results.note(f"{name}: {policy} / stock", compared)
-            results.say(
-                f"{name}, {policy} / stock: "
-                + ", ".join(
-                    f"{metric} {timing.show(spread)}"
-                    for metric, spread in compared.items()
+        compared = {f"{policy} / stock": pairs[policy] for policy in options.policies}
+        if {"hashevict", "uncached"} <= pairs.keys():
+            compared["hashevict / uncached"] = [
+                (uncached, ours)
+                for (_, uncached), (_, ours) in zip(
+                    pairs["uncached"], pairs["hashevict"], strict=True
                 )
-            )
+            ]
+        for label, rows in compared.items():
+            report(results, f"{name}, {label}", compare(rows))
+
+
+def report(results: Results, label: str, compared: dict[str, dict[str, float]]) -> None:
+    """Keep and print ratios."""
+    results.note(label, compared)
+    shown = (f"{metric} {timing.show(spread)}" for metric, spread in compared.items())
+    results.say(f"{label}: {', '.join(shown)}")
 
 
 Pair = tuple[dict[str, Any], dict[str, Any]]
@@ -188,9 +203,13 @@ def measure(
     flags += ["--block-size", str(BLOCK_SIZE)]
     flags += ["--max-num-seqs", str(scenario.in_flight)]
     flags += ["--kv-cache-memory-bytes", str(pool)]
+    flags += ["--enable-prompt-tokens-details"] if scenario.turns else []
     flags += ["--enforce-eager"] if options.eager else []
+    if policy == "uncached":
+        flags += ["--no-enable-prefix-caching"]
     if policy not in ("stock", "off"):
-        flags += ["--kv-policy", policy, "--kv-budget", str(scenario.budget)]
+        name = "hashevict" if policy == "uncached" else policy
+        flags += ["--kv-policy", name, "--kv-budget", str(scenario.budget)]
         if options.policy_config:
             flags += ["--kv-policy-config", options.policy_config]
     # An empty list of names: vLLM loads no plugin at all.
@@ -213,17 +232,31 @@ def measure(
         )
         ready()
         with running.watched() as watched:
-            found = server.run_client(
-                running,
-                model,
-                scenario.prompt,
-                scenario.output,
-                scenario.requests,
-                scenario.in_flight,
-                results.directory / f"{label}.client.json",
-            )
+            if scenario.turns:
+                found = chat.run_client(
+                    running,
+                    model,
+                    scenario.turns,
+                    scenario.output,
+                    scenario.requests,
+                    scenario.in_flight,
+                    seed=0,
+                )
+                figures = {name: found[name] for name in CHAT_METRICS}
+                figures["cached_tokens"] = found["cached_tokens"]
+            else:
+                found = server.run_client(
+                    running,
+                    model,
+                    scenario.prompt,
+                    scenario.output,
+                    scenario.requests,
+                    scenario.in_flight,
+                    results.directory / f"{label}.client.json",
+                )
+                figures = {ours: found[theirs] for ours, theirs in METRICS.items()}
     return {
-        **{ours: found[theirs] for ours, theirs in METRICS.items()},
+        **figures,
         **watched,
         "pool_blocks": blocks,
         "peak_blocks": round(watched["peak_kv_cache_usage_perc"] * (blocks - 1)),
@@ -265,10 +298,11 @@ def itl_by_length(itls: list[list[float]]) -> dict[int, float]:
 
 
 def compare(pairs: list[Pair]) -> dict[str, dict[str, float]]:
-    """Ratios ours / stock of `METRICS`, of runs in the same round."""
+    """Ratios ours / stock of a client's metrics, of runs in the same round."""
     return {
         metric: timing.ratio(
             [ours[metric] for _, ours in pairs], [stock[metric] for stock, _ in pairs]
         ).as_dict()
-        for metric in METRICS
+        for metric in CHAT_METRICS
+        if metric in pairs[0][0]
     }

@@ -119,7 +119,9 @@ def describe_capacity(
             policies.append(layers[0].policy)
     if not policies:
         return None
-    found = capacity(groups, kv_cache_config.num_blocks)
+    found, cached = capacity(groups, kv_cache_config.num_blocks), ""
+    if policies[0].votes and vllm_config.cache_config.enable_prefix_caching:
+        cached = " Cached prefixes lie in blocks that are free, and take no request's."
     return (
         f"KV budget: {policies[0].budget} tokens per KV head. A request holds at most "
         f"{found.blocks} blocks ({found.request_bytes / 2**20:.1f} MiB in budgeted "
@@ -128,7 +130,7 @@ def describe_capacity(
         f"{kv_cache_config.num_blocks - 1} blocks serves {found.requests:.1f} requests "
         f"of any length at once, {found.requests_reading:.1f} while all read long "
         f"prompts; stock vLLM {found.stock_requests:.2f} of "
-        f"{vllm_config.model_config.max_model_len} tokens."
+        f"{vllm_config.model_config.max_model_len} tokens.{cached}"
     )
 
 
@@ -147,8 +149,8 @@ def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:
     longest = vllm_config.model_config.max_model_len
     stock = cdiv(longest, spec.block_size)
     return GroupNeed(
-        blocks=min(spec.steady_blocks, stock),
-        peak=spec.prefill_blocks(longest),
+        blocks=spec.bounds.decode_blocks(longest),
+        peak=spec.bounds.prefill_blocks(longest),
         stock=stock,
         block_bytes=block_bytes,
         stock_block_bytes=stock_bytes,

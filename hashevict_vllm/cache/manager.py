@@ -87,7 +87,7 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks missing for ``num_tokens``; see the base class for the arguments."""
-        assert not new_computed_blocks, "budgeted blocks are never prefix-cache hits"
+        assert not new_computed_blocks, "hits are cache/prefix.py's business"
         held = len(self.req_to_blocks.get(request_id, ()))
         return max(self._required_blocks(request_id, num_tokens) - held, 0)
 
@@ -129,5 +129,5 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Never hits: prefix caching is refused with a budget."""
+        """Never hits: see `hashevict_vllm.cache.prefix`."""
         return tuple([] for _ in kv_cache_group_ids), 0

@@ -68,16 +68,18 @@ class PrefixCachingManager(BudgetedAttentionManager):
         super().meet_request(request)
         if not self.enable_caching:
             return
-        request_id = request.request_id
-        reuse = reuse_of(self._policy, self.block_size, request.num_prompt_tokens)
+        request_id, prompt_len = request.request_id, request.num_prompt_tokens
+        reuse = self._reuse.get(request_id)
+        if reuse is None or reuse.prompt_len != prompt_len:
+            reuse = reuse_of(self._policy, self.block_size, prompt_len)
+            self._reuse[request_id] = reuse
         if request_id not in self.req_to_blocks:
-            whole = request.num_prompt_tokens + request.max_tokens
+            whole = prompt_len + request.max_tokens
             # A prompt that grows (streaming input) has no fixed end, and so no numbers.
             if request.resumable:
                 self._uncached.add(request_id)
             elif reuse.never_overwrites(whole):
                 self._sharing.add(request_id)
-        self._reuse[request_id] = reuse
         self._ledger.asking = Asking(
             None if request.resumable else reuse, request_id in self._sharing
         )
@@ -165,17 +167,23 @@ class PrefixCachingManager(BudgetedAttentionManager):
         if not self.enable_caching:
             return new_blocks
         if request_id not in self._sharing:
-            row = self.req_to_blocks[request_id]
-            if new_blocks or hits:
-                self._ledger.private.update(block.block_id for block in row)
-            overwritten = row[: self._reuse[request_id].overwritten(num_tokens)]
-            if hashed := [block for block in overwritten if block.block_hash]:
-                self._leaving[request_id] = hashed
-            if prefix := self._reached.pop(request_id, None):
-                live = row[: self._reuse[request_id].live_blocks]
-                self._due[request_id] = (prefix, live)
+            self._note_writes(request_id, num_tokens, bool(new_blocks or hits))
         self._ends[request_id] = num_tokens
         return new_blocks
+
+    def _note_writes(self, request_id: str, num_tokens: int, grown: bool) -> None:
+        """Note whose blocks these are, and what must be copied before the step."""
+        row, reuse = self.req_to_blocks[request_id], self._reuse[request_id]
+        if grown:
+            self._ledger.private.update(block.block_id for block in row)
+        before = reuse.overwritten(self._ends.get(request_id, 0))
+        now = reuse.overwritten(num_tokens)
+        if grown or now > before:
+            hashed = [block for block in row[:now] if block.block_hash is not None]
+            if hashed:
+                self._leaving[request_id] = hashed
+        if prefix := self._reached.pop(request_id, None):
+            self._due[request_id] = (prefix, row[: reuse.live_blocks])
 
     def _make_private(self, request_id: str, hits: int) -> None:
         """Take hits over, or copy those that another request holds."""
@@ -227,7 +235,7 @@ class PrefixCachingManager(BudgetedAttentionManager):
             return
         reuse, end = self._reuse[request_id], self._ends[request_id]
         num_hashed = len(request.block_hashes) * self.block_pool.hash_block_size
-        if end <= num_hashed and reuse.is_snapshot(end):
+        if end <= min(num_hashed, reuse.prompt_len - 1) and reuse.is_snapshot(end):
             hashes = resolve_block_hashes(
                 request.block_hashes, self.block_pool.hash_block_size, size
             )

@@ -78,10 +78,10 @@ REFUSED = {
         f"from {', '.join(map(repr, POLICY_NAMES))})",
     ),
     "prefix caching": (
-        (*ON, "--enable-prefix-caching"),
-        "vllm: error: --enable-prefix-caching: blocks of a bounded cache hold "
-        "different tokens for every request and cannot be shared; drop the flag or "
-        "use --kv-policy full.",
+        (*ON, "--kv-policy-config.preset", "paper", "--enable-prefix-caching"),
+        "vllm: error: --enable-prefix-caching: needs scoring 'vote', as the other "
+        "rules judge a prompt by queries that a cached prefix no longer computes; drop "
+        "the flag or use --kv-policy hashevict with its default scoring.",
     ),
 }
 
@@ -125,13 +125,23 @@ def test_the_log_says_what_the_budget_buys(server):
     assert "requests of any length at once" in sentence[0]
 
 
-def test_prefix_caching_is_on_as_in_stock_vllm(server, client):
-    prompt = facts(45)
-    first = complete(client, prompt, 4)
+def test_a_second_turn_hits_the_first_ones_blocks(server, client):
+    """Of a prompt beyond the budget, as usage and vLLM's metrics count them."""
+    first = [{"role": "user", "content": f"{facts(90)}\n\nHow many trains?"}]
+    more = [{"role": "assistant", "content": "Ninety."}]
+    more += [{"role": "user", "content": "And how many cities?"}]
     before = server.metric("prefix_cache_hits_total")
-    second = complete(client, prompt, 4)
-    assert server.metric("prefix_cache_hits_total") - before >= BUDGET
-    assert second.choices[0].text == first.choices[0].text
+    cached = []
+    for messages in (first, first + more):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=messages, max_tokens=4, temperature=0
+        )
+        assert answer.usage.prompt_tokens > BUDGET
+        cached.append(answer.usage.prompt_tokens_details)
+    assert cached[0] is None or cached[0].cached_tokens < 128
+    assert cached[1].cached_tokens >= (answer.usage.prompt_tokens - 200) // 128 * 128
+    hits = server.metric("prefix_cache_hits_total") - before
+    assert hits >= cached[1].cached_tokens
 
 
 # -- the API ---------------------------------------------------------------------

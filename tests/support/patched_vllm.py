@@ -103,7 +103,7 @@ def main() -> None:
     from support.engine import engine, greedy
 
     job = json.load(sys.stdin)
-    with engine(job["model"], job["policy"]) as llm:
+    with engine(job["model"], job["policy"], **job["options"]) as llm:
         tokens = greedy(llm, job["prompts"], job["tokens"])
     answer = {"tokens": tokens, "vllm": vllm.__path__[0], "in_vllm": in_vllm()}
     print(f"\n{json.dumps(answer)}")
