@@ -159,7 +159,7 @@ class WrappedLayer:
         count = occupied_slots(
             policy, self.computed[request], self.prompt_lens[request]
         )
-        tail = self.impl._pages.tail.cpu()
+        tail = self.impl._page.tail.cpu()
         slots = torch.arange(count)
         blocks = self.block_table[request].cpu().long()[slots // tail.shape[3]]
         return tail[blocks, :, -1, slots % tail.shape[3]].T.sort(dim=1).values

@@ -8,6 +8,13 @@ from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.attention.plan import cut_chunk, occupied_slots
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton.arguments import (
+    Estimate,
+    Page,
+    Signed,
+    Step,
+    Tokens,
+)
 from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -97,7 +104,8 @@ class TritonLayer:
         self.projection = make_projection(
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
-        self.factor = vote_factor(policy, head_dim)
+        factor = vote_factor(policy, head_dim)
+        self.estimate = Estimate.of(self.projection, SCALE, factor, policy.decay)
         self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if cache_dtype is not None:
             self.scales = (torch.tensor([0.5]), torch.tensor([0.25]))
@@ -141,12 +149,13 @@ class TritonLayer:
         def poisoned(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.full(shape, -123456789, dtype=dtype)
 
-        rule = list(self.rule)
-        group, heads = self.group, self.heads
+        rule, group, heads = self.rule, self.group, self.heads
         pieces, live = poisoned(num, ops.NUM_COLUMNS), poisoned(num)
         done, token_piece = poisoned(num), poisoned(tokens)
-        signatures = poisoned(tokens, heads, group + 1, self.rule.hashed)
-        squares = torch.full((tokens, heads, group + 1), float("nan"))
+        signed = Signed(
+            poisoned(tokens, heads, group + 1, rule.hashed),
+            torch.full((tokens, heads, group + 1), float("nan")),
+        )
         prompts = self.prompt_lens + [0] * (num - len(self.prompt_lens))
         ints = {"dtype": torch.int32}
         arguments = (
@@ -159,54 +168,20 @@ class TritonLayer:
             token_piece,
             rule,
         )
-        if self.rule.signs:
-            ops.sign(q, k, self.projection, signatures, squares, rule)
-        pages = self.pages
-        cache = (pages.k, pages.v, pages.tail)
-        votes = (SCALE, self.factor, self.policy.decay, rule, self.bound)
+        all_tokens = Tokens.of(q, k, v)
+        if rule.signs:
+            ops.sign(all_tokens, self.projection, signed, rule)
+        page = Page.of(self.pages, *self.scales)
+        step = Step.of(pieces, token_piece, self.block_table, heads)
+        layer = (all_tokens, signed, step, page, self.estimate)
         slots = poisoned(tokens, heads)
         for index, scan in enumerate(scans):
             ops.plan(*arguments, index == 0)
-            ops.write(
-                q,
-                k,
-                v,
-                signatures,
-                squares,
-                pieces,
-                token_piece,
-                self.block_table,
-                *cache,
-                *self.scales,
-                self.projection,
-                slots,
-                *votes,
-                scan,
-            )
-            if self.rule.votes:
-                ops.describe(
-                    pieces,
-                    token_piece,
-                    slots,
-                    self.block_table,
-                    pages.k,
-                    self.scales[0],
-                    pages.tail,
-                    self.projection,
-                    rule,
-                )
-            ops.mark(
-                q,
-                signatures,
-                pieces,
-                self.block_table,
-                pages.k,
-                self.scales[0],
-                pages.tail,
-                self.projection,
-                *votes,
-            )
-            ops.compact(pieces, self.block_table, *cache, rule, self.bound)
+            ops.write(*layer, slots, rule, self.bound, scan)
+            if rule.votes:
+                ops.describe(step, page, self.projection, slots, rule)
+            ops.mark(*layer, rule, self.bound)
+            ops.compact(step, page, rule, self.bound)
 
     def live(self, request: int) -> tuple[torch.Tensor, ...]:
         """Live slots by ascending position: position, words, k, v, per head."""

@@ -11,6 +11,7 @@ from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton.arguments import Estimate, Signed
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -45,9 +46,7 @@ class DeviceConstants:
     Attributes:
         rule: What the kernels are compiled for.
         projection: float32 [D, b].
-        scale: Softmax scale.
-        factor: See `vote_factor`.
-        decay: Factor on earlier votes.
+        estimate: How rules that vote guess attention.
         bound: Most slots of any request.
         signatures: int32 [T, Hkv, G + 1, W], of the step; layers use it in turn.
         squares: float32 [T, Hkv, G + 1], likewise.
@@ -62,9 +61,7 @@ class DeviceConstants:
 
     rule: DeviceRule
     projection: torch.Tensor
-    scale: float
-    factor: float
-    decay: float
+    estimate: Estimate
     bound: int
     signatures: torch.Tensor
     squares: torch.Tensor
@@ -109,13 +106,16 @@ class DeviceConstants:
 
         projection = make_projection(
             spec.head_size, rule.bits, policy.seed, policy.orthogonal
-        )
+        ).to(device)
         return cls(
             rule=rule,
-            projection=projection.to(device),
-            scale=layer.impl.scale,
-            factor=vote_factor(policy, spec.head_size),
-            decay=policy.decay,
+            projection=projection,
+            estimate=Estimate.of(
+                projection,
+                layer.impl.scale,
+                vote_factor(policy, spec.head_size),
+                policy.decay,
+            ),
             bound=most_slots(policy, longest),
             signatures=ints(tokens, heads, group + 1, rule.hashed),
             squares=torch.zeros(
@@ -129,6 +129,6 @@ class DeviceConstants:
             no_prompt=ints(requests),
         )
 
-    def signed(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def signed(self, num_tokens: int) -> Signed:
         """The step's part of ``signatures`` and ``squares``."""
-        return self.signatures[:num_tokens], self.squares[:num_tokens]
+        return Signed(self.signatures[:num_tokens], self.squares[:num_tokens])

@@ -26,22 +26,35 @@ from hashevict_vllm.attention.gpu.metadata import DeviceMetadata, DeviceRound
 from hashevict_vllm.attention.inner import InnerBackend
 from hashevict_vllm.attention.unshared import UnsharedCacheMixin
 from hashevict_vllm.kernels.triton import ops
-from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
+from hashevict_vllm.kernels.triton.arguments import Page, Step, Tokens
+from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What all rounds of one layer's forward share; tensors as `forward` takes them."""
+    """What all rounds of one layer's forward share.
+
+    Attributes:
+        layer: As `DeviceImplMixin.forward`.
+        tokens: The step's queries, keys and values.
+        kv_cache: As `DeviceImplMixin.forward`.
+        page: The same as kernels take it.
+        metadata: The step's plan.
+
+    """
 
     layer: AttentionLayer
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    tokens: Tokens
     kv_cache: torch.Tensor
-    pages: DevicePages
+    page: Page
     metadata: DeviceMetadata
+
+    def round(self, pieces: torch.Tensor, token_piece: torch.Tensor | None) -> Step:
+        """What one round does, as kernels take it."""
+        table, heads = self.metadata.block_table, self.page.tail.shape[1]
+        return Step.of(pieces, token_piece, table, heads)
 
 
 class DeviceImplMixin(UnsharedCacheMixin):
@@ -52,7 +65,7 @@ class DeviceImplMixin(UnsharedCacheMixin):
     kv_cache_dtype: str
     supports_quant_query_input: bool
     _query_quant: QuantFP8 | None = None
-    _pages: DevicePages | None = None
+    _page: Page | None = None
     _pages_key: tuple[int, int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -122,25 +135,18 @@ class DeviceImplMixin(UnsharedCacheMixin):
                 layer, query, key, value, kv_cache, None, output
             )
         tokens, constants = attn_metadata.num_actual_tokens, attn_metadata.constants
-        is_new = self._bind(kv_cache)
-        assert self._pages is not None
+        is_new = self._bind(layer, kv_cache)
+        assert self._page is not None
         step = _Step(
             layer,
-            query[:tokens],
-            key[:tokens],
-            value[:tokens],
+            Tokens.of(query[:tokens], key[:tokens], value[:tokens]),
             kv_cache,
-            self._pages,
+            self._page,
             attn_metadata,
         )
         if constants.rule.signs:
-            ops.sign(
-                step.query,
-                step.key,
-                constants.projection,
-                *constants.signed(tokens),
-                list(constants.rule),
-            )
+            signed = constants.signed(tokens)
+            ops.sign(step.tokens, constants.projection, signed, constants.rule)
         if is_new:
             self._load_kernels(step)
         for part in attn_metadata.rounds:
@@ -152,43 +158,23 @@ class DeviceImplMixin(UnsharedCacheMixin):
 
     def _write(self, step: _Step, part: DeviceRound) -> None:
         """Write one round's tokens, evicting where the budget is full."""
-        constants, pages = step.metadata.constants, step.pages
-        tokens, rule = len(step.query), list(constants.rule)
-        table, slots = step.metadata.block_table, constants.slots[:tokens]
-        scales = self._scales(step.layer)
+        constants, page = step.metadata.constants, step.page
+        tokens, rule = len(step.tokens.k), constants.rule
+        slots = constants.slots[:tokens]
+        args = step.round(part.pieces, part.token_piece)
         ops.write(
-            step.query,
-            step.key,
-            step.value,
-            *constants.signed(tokens),
-            part.pieces,
-            part.token_piece,
-            table,
-            pages.k,
-            pages.v,
-            pages.tail,
-            *scales,
-            constants.projection,
+            step.tokens,
+            constants.signed(tokens),
+            args,
+            page,
+            constants.estimate,
             slots,
-            constants.scale,
-            constants.factor,
-            constants.decay,
             rule,
             constants.bound,
             part.scans,
         )
-        if constants.rule.votes:
-            ops.describe(
-                part.pieces,
-                part.token_piece,
-                slots,
-                table,
-                pages.k,
-                scales[0],
-                pages.tail,
-                constants.projection,
-                rule,
-            )
+        if rule.votes:
+            ops.describe(args, page, constants.projection, slots, rule)
 
     def _attend(
         self,
@@ -199,7 +185,7 @@ class DeviceImplMixin(UnsharedCacheMixin):
     ) -> None:
         """The stock attention kernel over one round's rows."""
         inner_forward, inner = super().forward, part.inner()  # type: ignore[misc]
-        query, rows = step.query, part.rows
+        query, rows = step.tokens.q, part.rows
         if self._query_quant is not None:
             quantised, _ = self._query_quant(query.flatten(1), step.layer._q_scale)
             query = quantised.view(query.shape)
@@ -207,8 +193,8 @@ class DeviceImplMixin(UnsharedCacheMixin):
             inner_forward(
                 step.layer,
                 query,
-                step.key,
-                step.value,
+                step.tokens.k,
+                step.tokens.v,
                 step.kv_cache,
                 inner,
                 output,
@@ -219,8 +205,8 @@ class DeviceImplMixin(UnsharedCacheMixin):
         inner_forward(
             step.layer,
             query[rows],
-            step.key[rows],
-            step.value[rows],
+            step.tokens.k[rows],
+            step.tokens.v[rows],
             step.kv_cache,
             inner,
             result,
@@ -230,25 +216,18 @@ class DeviceImplMixin(UnsharedCacheMixin):
 
     def _reduce(self, step: _Step, pieces: torch.Tensor) -> None:
         """Reduce the live sets of requests whose segment is over."""
-        constants, pages = step.metadata.constants, step.pages
-        table, rule = step.metadata.block_table, list(constants.rule)
+        constants, args = step.metadata.constants, step.round(pieces, None)
+        rule, bound = constants.rule, constants.bound
         ops.mark(
-            step.query,
-            constants.signed(len(step.query))[0],
-            pieces,
-            table,
-            pages.k,
-            self._scales(step.layer)[0],
-            pages.tail,
-            constants.projection,
-            constants.scale,
-            constants.factor,
-            constants.decay,
+            step.tokens,
+            constants.signed(len(step.tokens.k)),
+            args,
+            step.page,
+            constants.estimate,
             rule,
-            constants.bound,
+            bound,
         )
-        cache = (pages.k, pages.v, pages.tail)
-        ops.compact(pieces, table, *cache, rule, constants.bound)
+        ops.compact(args, step.page, rule, bound)
 
     def _load_kernels(self, step: _Step) -> None:
         """Compile what only prompts need, before a request waits for it: no-ops."""
@@ -272,12 +251,13 @@ class DeviceImplMixin(UnsharedCacheMixin):
             return None, None
         return layer._k_scale, layer._v_scale
 
-    def _bind(self, kv_cache: torch.Tensor) -> bool:
+    def _bind(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> bool:
         """View the layer's pages; whether vLLM has bound another cache than before."""
         bound = (kv_cache.data_ptr(), kv_cache.shape[0])
-        if self._pages is not None and self._pages_key == bound:
+        if self._page is not None and self._pages_key == bound:
             return False
         words = make_rule(self.policy).words
-        self._pages = view_pages(kv_cache, words, self._fp8_dtype)
+        pages = view_pages(kv_cache, words, self._fp8_dtype)
+        self._page = Page.of(pages, *self._scales(layer))
         self._pages_key = bound
         return True

@@ -207,7 +207,7 @@ class DeviceMetadataBuilderMixin:
             pieces,
             live,
             token_piece,
-            list(constants.rule),
+            constants.rule,
             True,
         )
         # vLLM's mark of tokens that are made up, in batches where all are: they must

@@ -1,14 +1,20 @@
-"""The operators that reduce a segment; `ops` is where they are imported from."""
+"""What reduces a segment; `ops` is where it is imported from."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 from hashevict_vllm.kernels.triton import launch
+from hashevict_vllm.kernels.triton.arguments import (
+    Estimate,
+    Page,
+    Signed,
+    Sizes,
+    Step,
+    Tokens,
+)
 from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
 from hashevict_vllm.kernels.triton.mark import (
@@ -21,241 +27,122 @@ from hashevict_vllm.kernels.triton.votes import vote_kernel
 from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
 
-def projections(
-    rule: DeviceRule, pieces: Tensor, num_heads: int, members: int
-) -> Tensor:
+def projections(rule: DeviceRule, step: Step, members: int) -> Tensor:
     """Scratch for split queries, where a rule votes: float32 [P, Hkv, b + 2, G']."""
-    shape = (pieces.shape[0] if rule.votes else 0, num_heads, rule.bits + 2, members)
-    return torch.empty(shape, dtype=torch.float32, device=pieces.device)
+    num_pieces = step.pieces.shape[0] if rule.votes else 0
+    shape = (num_pieces, step.heads, rule.bits + 2, members)
+    return torch.empty(shape, dtype=torch.float32, device=step.pieces.device)
 
 
-def frames(rule: DeviceRule, pieces: Tensor, k_cache: Tensor) -> Tensor:
+def frames(rule: DeviceRule, step: Step, page: Page) -> Tensor:
     """Scratch for frames, where a rule votes: float64 [P, Hkv, 3, D]."""
-    num_pieces = pieces.shape[0] if rule.votes else 0
-    shape = (num_pieces, k_cache.shape[1], FRAME_VECTORS.value, k_cache.shape[3])
-    return torch.empty(shape, dtype=torch.float64, device=pieces.device)
+    num_pieces = step.pieces.shape[0] if rule.votes else 0
+    shape = (num_pieces, step.heads, FRAME_VECTORS.value, page.k.shape[3])
+    return torch.empty(shape, dtype=torch.float64, device=step.pieces.device)
 
 
-@torch.library.custom_op("hashevict::mark", mutates_args=("tail",))
 def mark(
-    q: Tensor,
-    signatures: Tensor,
-    pieces: Tensor,
-    block_table: Tensor,
-    k_cache: Tensor,
-    k_scale: Tensor | None,
-    tail: Tensor,
-    projection: Tensor,
-    scale: float,
-    factor: float,
-    decay: float,
-    rule: Sequence[int],
+    tokens: Tokens,
+    signed: Signed,
+    step: Step,
+    page: Page,
+    estimate: Estimate,
+    rule: DeviceRule,
     bound: int,
 ) -> None:
     """Mark the losers of every piece, by replay or by votes.
 
     Args:
-        q: As `ops.write`.
-        signatures: As `ops.write`.
-        pieces: int32 [P, columns], the pieces that overflow the budget or vote.
-        block_table: As `ops.write`.
-        k_cache: As `ops.write`.
-        k_scale: As `ops.write`.
-        tail: As `ops.write`.
-        projection: As `ops.write`.
-        scale: As `ops.write`.
-        factor: As `ops.write`.
-        decay: As `ops.write`.
-        rule: See `ops`.
+        tokens: As `ops.write`.
+        signed: As `ops.write`.
+        step: Of the pieces that overflow the budget or vote.
+        page: As `ops.write`.
+        estimate: As `ops.write`.
+        rule: What kernels are compiled for.
         bound: See `ops`.
 
     """
-    r = DeviceRule(*rule)
-    num_pieces, num_heads = pieces.shape[0], tail.shape[1]
-    group = q.shape[1] // num_heads
-    launch.check_rows(q=q, k_cache=k_cache, tail=tail)
+    num_pieces = step.pieces.shape[0]
     if num_pieces == 0:
         return
-    grid = (num_pieces, num_heads)
-    strides = (block_table.stride(0), *tail.stride()[:3])
-    tile = launch.scan_tile(bound)
-    if not r.votes:
-        replay_kernel[grid](
-            signatures,
-            pieces,
-            block_table,
-            tail,
-            num_heads,
-            *strides,
-            KIND=r.kind,
-            WORDS=r.words,
-            GROUP=group,
-            SALT=r.salt,
-            SINKS=r.sinks,
-            RECENT=r.recent,
-            BUDGET=r.budget,
-            HASHED=r.hashed,
-            N=tail.shape[3],
-            TILE=tile,
-            **launch.SCAN_OPTIONS,
-        )
+    grid = (num_pieces, step.heads)
+    sizes = Sizes.of(rule, page, tokens.q.shape[1] // step.heads)
+    scan = {"TILE": launch.scan_tile(bound), **launch.SCAN_OPTIONS}
+    if not rule.votes:
+        replay_kernel[grid](signed, step, page, rule=rule, sizes=sizes, **scan)
         return
-    members = launch.padded(group)
     vote_kernel[grid](
-        q,
-        projection,
-        projections(r, pieces, num_heads, members),
-        frames(r, pieces, k_cache),
-        pieces,
-        block_table,
-        k_cache,
-        k_scale,
-        tail,
-        scale,
-        factor,
-        r.bits,
-        q.shape[2],
-        decay,
-        num_heads,
-        *q.stride()[:2],
-        block_table.stride(0),
-        *k_cache.stride()[:3],
-        *tail.stride()[:3],
-        WORDS=r.words,
-        DIM=q.shape[2],
-        DIM_PADDED=launch.padded(q.shape[2]),
-        BITS=r.bits,
-        GROUP=group,
-        MEMBERS=members,
-        EVERY=r.every,
-        SINKS=r.sinks,
+        tokens,
+        step,
+        page,
+        estimate,
+        projections(rule, step, sizes.members),
+        frames(rule, step, page),
+        rule=rule,
+        sizes=sizes,
         STEP=launch.SIGN_STEP,
-        N=tail.shape[3],
-        TILE=launch.vote_tile(group, bound),
+        TILE=launch.vote_tile(sizes.group, bound),
         **launch.SCAN_OPTIONS,
     )
-    shape = (num_pieces, num_heads, bound)
+    shape = (*grid, bound)
     pooled, smooth = (
-        torch.empty(shape, dtype=torch.float32, device=tail.device) for _ in range(2)
+        torch.empty(shape, dtype=torch.float32, device=page.tail.device)
+        for _ in range(2)
     )
     # Which neighbours count (policies/vote.py); without pooling a slot is its own.
-    reach = (0, 0) if r.pool == 1 else (SMOOTH, SMOOTH)
-    stages = [(smooth if r.pool > 1 else pooled, *reach, True)]
-    if r.pool > 1:
-        stages.append((pooled, r.pool - AHEAD - 1, AHEAD, False))
+    reach = (0, 0) if rule.pool == 1 else (SMOOTH, SMOOTH)
+    stages = [(smooth if rule.pool > 1 else pooled, *reach, True)]
+    if rule.pool > 1:
+        stages.append((pooled, rule.pool - AHEAD - 1, AHEAD, False))
     for target, before, ahead, smooths in stages:
         pool_kernel[(*grid, triton.cdiv(bound, launch.POOL_TILE))](
-            pieces,
-            block_table,
-            tail,
+            step,
+            page,
             smooth,
             target,
-            num_heads,
             bound,
-            *strides,
-            WORDS=r.words,
+            rule=rule,
+            sizes=sizes,
             BEFORE=before,
             AHEAD=ahead,
             SMOOTHS=smooths,
-            N=tail.shape[3],
             TILE=launch.POOL_TILE,
             NEIGHBOURS=launch.POOL_NEIGHBOURS,
             num_warps=4,
         )
-    select_kernel[grid](
-        pieces,
-        block_table,
-        tail,
-        pooled,
-        num_heads,
-        bound,
-        *strides,
-        WORDS=r.words,
-        SINKS=r.sinks,
-        RECENT=r.recent,
-        BUDGET=r.budget,
-        N=tail.shape[3],
-        TILE=tile,
-        **launch.SCAN_OPTIONS,
-    )
+    select_kernel[grid](step, page, pooled, bound, rule=rule, sizes=sizes, **scan)
 
 
-@torch.library.custom_op(
-    "hashevict::compact", mutates_args=("k_cache", "v_cache", "tail")
-)
-def compact(
-    pieces: Tensor,
-    block_table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tail: Tensor,
-    rule: Sequence[int],
-    bound: int,
-) -> None:
+def compact(step: Step, page: Page, rule: DeviceRule, bound: int) -> None:
     """Move the survivors of complete segments into the marked slots.
 
     Args:
-        pieces: int32 [P, columns]; those that are not compacted are left alone.
-        block_table: As `ops.write`.
-        k_cache: As `ops.write`.
-        v_cache: As `ops.write`.
-        tail: As `ops.write`.
-        rule: See `ops`.
+        step: Pieces that are not compacted are left alone.
+        page: As `ops.write`.
+        rule: What kernels are compiled for.
         bound: See `ops`.
 
     """
-    r = DeviceRule(*rule)
-    num_pieces, num_heads = pieces.shape[0], tail.shape[1]
-    launch.check_rows(k_cache=k_cache, v_cache=v_cache, tail=tail)
-    width = min(r.budget, bound - r.budget)
+    num_pieces, num_heads = step.pieces.shape[0], step.heads
+    width = min(rule.budget, bound - rule.budget)
     if num_pieces == 0 or width <= 0:
         return
-    head_dim, device = k_cache.shape[3], tail.device
-    moves = torch.empty(
-        (num_pieces, num_heads, width, 2), dtype=torch.int32, device=device
-    )
-    num_moves = torch.empty((num_pieces, num_heads), dtype=torch.int32, device=device)
+    shape, device = (num_pieces, num_heads, width, 2), page.tail.device
+    moves = torch.empty(shape, dtype=torch.int32, device=device)
+    num_moves = torch.empty(shape[:2], dtype=torch.int32, device=device)
+    common = {"rule": rule, "sizes": Sizes.of(rule, page, 1)}
     pair_kernel[(num_pieces, num_heads)](
-        pieces,
-        block_table,
-        tail,
+        step,
+        page,
         moves,
         num_moves,
-        num_heads,
         width,
-        block_table.stride(0),
-        *tail.stride()[:3],
-        WORDS=r.words,
-        BUDGET=r.budget,
-        N=tail.shape[3],
+        **common,
         TILE=launch.scan_tile(bound),
         **launch.SCAN_OPTIONS,
     )
-    rows = launch.move_rows(head_dim)
+    rows = launch.move_rows(page.k.shape[3])
+    raw = page._replace(k=launch.as_integers(page.k), v=launch.as_integers(page.v))
     move_kernel[(num_pieces, num_heads, triton.cdiv(width, rows))](
-        pieces,
-        block_table,
-        launch.as_integers(k_cache),
-        launch.as_integers(v_cache),
-        tail,
-        moves,
-        num_moves,
-        num_heads,
-        width,
-        block_table.stride(0),
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *tail.stride()[:3],
-        WORDS=r.words,
-        DIM=head_dim,
-        DIM_PADDED=launch.padded(head_dim),
-        N=tail.shape[3],
-        ROWS=rows,
-        num_warps=4,
+        step, raw, moves, num_moves, width, **common, ROWS=rows, num_warps=4
     )
-
-
-@mark.register_fake
-@compact.register_fake
-def _in_place(*_: object) -> None:
-    """Operators write into their arguments and return nothing."""

@@ -17,13 +17,12 @@ from hashevict_vllm.kernels.triton.pieces import (
     EVICT,
     FIRST_VOTER,
     NUM_COLUMNS,
-    REQUEST,
     ROW,
     SLOT,
     START,
 )
 from hashevict_vllm.kernels.triton.queries import project_queries
-from hashevict_vllm.kernels.triton.slots import meta_of
+from hashevict_vllm.kernels.triton.slots import head_of, meta_of
 
 
 @triton.jit
@@ -34,8 +33,8 @@ def estimated_logits(
     member,
     bits,
     word_stride,
-    BITS: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
 ):
     """Logits of queries and slots from the tail (`Vote.dot_products`).
 
@@ -46,19 +45,20 @@ def estimated_logits(
         member: int32 [G'], its columns.
         bits: b, unknown to the compiler, which would unroll the sum and spill.
         word_stride: Words between two words of a slot.
-        BITS: b.
-        MEMBERS: G'.
+        rule: `DeviceRule`.
+        sizes: `Sizes`.
 
     Returns:
         float32 [G', n].
 
     """
-    hashed: tl.constexpr = (BITS + 31) // 32
-    total = tl.zeros([MEMBERS, used.shape[0]], tl.float32)
+    hashed: tl.constexpr = sizes.hashed
+    members: tl.constexpr = sizes.members
+    total = tl.zeros([members, used.shape[0]], tl.float32)
     for w in tl.static_range(hashed):
         word = tl.load(meta + w * word_stride, mask=used, other=0)
         for j in range(tl.minimum(bits - w * 32, 32)):
-            t = tl.load(projected + (w * 32 + j) * MEMBERS + member)
+            t = tl.load(projected + (w * 32 + j) * members + member)
             is_set = ((word >> j) & 1) != 0
             total += tl.where(is_set[None, :], t[:, None], -t[:, None])
     numbers = tl.load(meta + hashed * word_stride, mask=used, other=0)
@@ -66,7 +66,7 @@ def estimated_logits(
     # Two signed bytes, the lower first; unrolled, this spills too.
     for axis in range(tl.minimum(bits, 2)):
         along = (numbers << (24 - 8 * axis) >> 24).to(tl.float32)
-        t = tl.load(projected + (BITS + axis) * MEMBERS + member)
+        t = tl.load(projected + (rule.bits + axis) * members + member)
         total += t[:, None] * along[None, :]
     step = ((numbers >> 24 & 255) << 23).to(tl.float32, bitcast=True)
     return total * step[None, :]
@@ -74,33 +74,18 @@ def estimated_logits(
 
 @triton.jit
 def cast_votes(
-    tail,
-    table,
+    at,
     live,
-    head,
     q,
+    q_head,
     frame,
-    projection,
     projected,
-    scale,
-    factor,
-    bits,
-    length,
-    decay,
+    estimate,
     decodes,
     oldest_new,
-    q_head_stride,
-    block_stride,
-    head_stride,
-    word_stride,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
     STEP: tl.constexpr,
-    N: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The first ``live`` slots gain the most attention that a query of the group pays.
@@ -110,88 +95,60 @@ def cast_votes(
     then the votes. Ends with a barrier, so that the program may read what it wrote.
 
     Args:
-        tail: int32 pointer, see `meta_of`.
-        table: int32 pointer to the request's block numbers.
+        at: `Head`.
         live: int32, slots that stand before the voting token, at least one.
-        head: KV head.
         q: Pointer to the token's first query of the group.
+        q_head: Elements between heads of q.
         frame: float64 pointer [3, D], from `write_frame`.
-        projection: float32 pointer [D, b].
         projected: float32 pointer [b + 2, G'], scratch of this program.
-        scale: Softmax scale.
-        factor: See `hashevict_vllm.policies.vote.estimate_scale`.
-        bits: See `estimated_logits`.
-        length: D, likewise unknown to the compiler.
-        decay: Factor on earlier votes.
+        estimate: `Estimate`.
         decodes: Whether the token decodes, so that votes fade.
         oldest_new: First position since the last ballot.
-        q_head_stride: Elements between heads of q.
-        block_stride: See `meta_of`.
-        head_stride: See `meta_of`.
-        word_stride: See `meta_of`.
-        WORDS: Words of the rule per slot; the last are the votes.
-        DIM: D.
-        DIM_PADDED: The power of two from D on.
-        BITS: b.
-        GROUP: G.
-        MEMBERS: G', a power of two.
+        rule: `DeviceRule`; the last of a slot's words are the votes.
+        sizes: `Sizes`.
         STEP: Elements of D per step of the projection.
-        N: Slots of a block.
         TILE: Slots per step.
 
     """
-    lane, member = tl.arange(0, TILE), tl.arange(0, MEMBERS)
-    project_queries(
-        q,
-        q_head_stride,
-        frame,
-        projection,
-        projected,
-        scale,
-        factor,
-        length,
-        DIM,
-        DIM_PADDED,
-        BITS,
-        GROUP,
-        MEMBERS,
-        STEP,
-    )
-    top = tl.full([MEMBERS], float("-inf"), tl.float32)
-    total = tl.zeros([MEMBERS], tl.float32)
+    members: tl.constexpr = sizes.members
+    lane, member = tl.arange(0, TILE), tl.arange(0, members)
+    project_queries(q, q_head, frame, projected, estimate, rule, sizes, STEP)
+    bits, decay, word = estimate.bits, estimate.decay, at.page.word
+    top = tl.full([members], float("-inf"), tl.float32)
+    total = tl.zeros([members], tl.float32)
     faded = tl.zeros([TILE], tl.float32)
     others = tl.zeros([TILE], tl.float32)
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
-        meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
+        meta = meta_of(at, slots, used, sizes)
         logits = estimated_logits(
-            meta, used, projected, member, bits, word_stride, BITS, MEMBERS
+            meta, used, projected, member, bits, word, rule, sizes
         )
         logits = tl.where(used[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         here = tl.sum(tl.exp(logits - higher[:, None]), 1)
         total = total * tl.exp(top - higher) + here
         top = higher
-        kept = meta + (WORDS - 1) * word_stride
+        kept = meta + (rule.words - 1) * word
         votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-        position = tl.load(meta + WORDS * word_stride, mask=used, other=0)
+        position = tl.load(meta + rule.words * word, mask=used, other=0)
         old = used & (position < oldest_new)
         faded += tl.where(old, votes * decay, 0.0)
         others += old.to(tl.float32)
     mean = tl.sum(faded, 0) / tl.maximum(tl.sum(others, 0), 1.0)
-    share = tl.where(member < GROUP, 1.0 / total, 0.0)
+    share = tl.where(member < sizes.group, 1.0 / total, 0.0)
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
-        meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
+        meta = meta_of(at, slots, used, sizes)
         logits = estimated_logits(
-            meta, used, projected, member, bits, word_stride, BITS, MEMBERS
+            meta, used, projected, member, bits, word, rule, sizes
         )
         attention = tl.exp(logits - top[:, None]) * share[:, None]
-        kept = meta + (WORDS - 1) * word_stride
+        kept = meta + (rule.words - 1) * word
         votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-        position = tl.load(meta + WORDS * word_stride, mask=used, other=0)
+        position = tl.load(meta + rule.words * word, mask=used, other=0)
         fade = tl.where(position < oldest_new, votes * decay, mean)
         votes = tl.where(decodes, fade, votes) + tl.max(attention, 0)
         tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
@@ -200,40 +157,15 @@ def cast_votes(
 
 @triton.jit
 def vote_kernel(
-    q,
-    projection,
+    tokens,
+    step,
+    page,
+    estimate,
     projected,
     frames,
-    pieces,
-    block_table,
-    k_cache,
-    k_scale,
-    tail,
-    scale,
-    factor,
-    bits,
-    length,
-    decay,
-    num_heads,
-    q_token_stride,
-    q_head_stride,
-    table_stride,
-    k_block_stride,
-    k_head_stride,
-    k_slot_stride,
-    block_stride,
-    head_stride,
-    word_stride,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    EVERY: tl.constexpr,
-    SINKS: tl.constexpr,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
     STEP: tl.constexpr,
-    N: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program: the voters of one piece on one KV head, one after the other.
@@ -241,99 +173,46 @@ def vote_kernel(
     A piece of a single token has voted while it was written (`write`).
 
     Args:
-        q: [T, Hq, D], elements of a head contiguous, any float dtype.
-        projection: float32 [D, b], contiguous.
+        tokens: `Tokens`.
+        step: `Step`.
+        page: `Page`; votes are updated, the sinks' keys read.
+        estimate: `Estimate`.
         projected: float32 [P, Hkv, b + 2, G'], scratch.
         frames: float64 [P, Hkv, 3, D], scratch.
-        pieces: int32 [P, columns], see `pieces`.
-        block_table: int32 [R, max blocks].
-        k_cache: See `load_key`; the sinks' are read.
-        k_scale: See `load_key`.
-        tail: int32, votes in it are updated.
-        scale: See `cast_votes`.
-        factor: See `cast_votes`.
-        bits: See `cast_votes`.
-        length: See `cast_votes`.
-        decay: See `cast_votes`.
-        num_heads: Hkv.
-        q_token_stride: Elements between tokens of q.
-        q_head_stride: Elements between heads of q.
-        table_stride: Elements between rows of the block table.
-        k_block_stride: See `key_rows`.
-        k_head_stride: See `key_rows`.
-        k_slot_stride: See `key_rows`.
-        block_stride: See `meta_of`.
-        head_stride: See `meta_of`.
-        word_stride: See `meta_of`.
-        WORDS: See `cast_votes`.
-        DIM: See `cast_votes`.
-        DIM_PADDED: See `cast_votes`.
-        BITS: See `cast_votes`.
-        GROUP: See `cast_votes`.
-        MEMBERS: See `cast_votes`.
-        EVERY: In decode, one token of so many votes.
-        SINKS: See `write_frame`; nobody votes before they are there.
+        rule: `DeviceRule`; nobody votes before the sinks are there.
+        sizes: `Sizes`.
         STEP: See `cast_votes`.
-        N: See `cast_votes`.
         TILE: See `cast_votes`.
 
     """
     index, head = tl.program_id(0), tl.program_id(1)
-    piece = pieces + index * NUM_COLUMNS
+    piece = step.pieces + index * NUM_COLUMNS
     count = tl.load(piece + COUNT)
     if (count < 2) | (tl.load(piece + EVICT) != 0):
         return
-    table = block_table + tl.load(piece + REQUEST).to(tl.int64) * table_stride
     row, slot = tl.load(piece + ROW), tl.load(piece + SLOT)
     start, ballots = tl.load(piece + START), tl.load(piece + BALLOTS)
     first_voter = tl.load(piece + FIRST_VOTER)
     if first_voter >= count:
         return
-    scratch = index * num_heads + head
-    frame = frames + scratch * (FRAME_VECTORS * DIM)
-    write_frame(
-        frame,
-        k_cache,
-        k_scale,
-        table,
-        head,
-        k_block_stride,
-        k_head_stride,
-        k_slot_stride,
-        SINKS,
-        DIM,
-        DIM_PADDED,
-        N,
-    )
+    at = head_of(step, page, piece, head)
+    scratch = index * step.heads + head
+    frame = frames + scratch * (FRAME_VECTORS * sizes.dim)
+    write_frame(frame, at, rule, sizes)
     for i in range(first_voter, count, tl.maximum(ballots, 1)):
         token = (row + i).to(tl.int64)
         cast_votes(
-            tail,
-            table,
+            at,
             slot + i,
-            head,
-            q + token * q_token_stride + head * GROUP * q_head_stride,
+            tokens.q + token * tokens.q_token + head * sizes.group * tokens.q_head,
+            tokens.q_head,
             frame,
-            projection,
-            projected + scratch * ((BITS + 2) * MEMBERS),
-            scale,
-            factor,
-            bits,
-            length,
-            decay,
+            projected + scratch * ((rule.bits + 2) * sizes.members),
+            estimate,
             ballots > 0,
-            start + i - EVERY,
-            q_head_stride,
-            block_stride,
-            head_stride,
-            word_stride,
-            WORDS,
-            DIM,
-            DIM_PADDED,
-            BITS,
-            GROUP,
-            MEMBERS,
+            start + i - rule.every,
+            rule,
+            sizes,
             STEP,
-            N,
             TILE,
         )
