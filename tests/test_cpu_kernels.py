@@ -13,11 +13,11 @@ from support.oracle import resolve
 from support.paged import POISON, PagedLayer
 
 from hashevict_vllm.kernels.cpu import hash as cpu_hash
-from hashevict_vllm.kernels.cpu.frame import AT_ONCE
 from hashevict_vllm.kernels.projection import make_projection, num_words
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
-from hashevict_vllm.policies.frame import KeyFrame
+from hashevict_vllm.policies.frame import UNDESCRIBED, KeyFrame
 from hashevict_vllm.policies.reference import ReferenceLayer
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,25 +63,32 @@ def run(
         for t in range(prompts[i], totals[i]):
             oracle.forward(q[t : t + 1], k[t : t + 1], v[t : t + 1], scale)
         position, words, k_live, v_live = paged.live(i)
-        known = len(oracle.slots)
-        if resolved.votes and oracle.t <= resolved.budget:
-            known -= known % AT_ONCE  # nobody has read the last group yet
         assert torch.equal(position.long(), oracle.slots.position)
+        known = torch.ones_like(position, dtype=torch.bool)
         if resolved.votes and len(oracle.slots) >= resolved.sinks:
             frame = KeyFrame.of(oracle.slots.k, resolved.sinks)
             described = frame.describe(oracle.slots.k)
             oracle.slots.bits = signature_bits(described.rest, oracle.projection)
-            assert torch.equal(words[:, :known, -2], described.words[:, :known])
+            known = words[..., -2] != UNDESCRIBED
+            assert bool(
+                known[position < last_ballot(resolved, prompts[i], oracle.t)].all()
+            )
+            assert torch.equal(words[..., -2][known], described.words[known])
         if not resolved.votes or len(oracle.slots) >= resolved.sinks:
             packed = pack_bits(oracle.slots.bits)
-            found = words[:, :known, : packed.shape[-1]]
-            assert torch.equal(found, packed[:, :known])
+            found = words[..., : packed.shape[-1]]
+            assert torch.equal(found[known], packed[known])
         if resolved.votes:
             votes = words[..., -1:].contiguous().view(torch.float32)[..., 0]
             torch.testing.assert_close(votes, oracle.slots.votes)
         assert torch.equal(k_live.float(), oracle.slots.k)
         assert torch.equal(v_live.float(), oracle.slots.v)
     assert bool((paged.kv_cache[0].view(torch.uint8) == POISON).all())
+
+
+def last_ballot(policy: ResolvedKVPolicy, prompt_len: int, total: int) -> int:
+    """Position of the last decoding token that has voted; 0 if none has."""
+    return max(policy.voters(prompt_len, total, prompt_len), default=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

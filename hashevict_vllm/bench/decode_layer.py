@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, results: Results) -> None:
         row["bytes_read"] = moved
         row["floor_s"] = moved / bandwidth.median
         results.add(row)
-        evict = row["seconds"]["evict"]["median"]
+        evict = row["seconds"]["evict and vote"]["median"]
         results.say(
             f"{rule} b={bits} C={budget} batch={batch} D={shape.head_dim}: "
             f"evict {1e6 * evict:.0f} us = "
@@ -122,9 +122,9 @@ def measure(
 
     Returns:
         ``seconds`` of every part; the stock layer at equal slots is the unit of
-        ``evict_share``, of ``extra`` (the eviction step less stock's cache update) and
-        of ``slowdown`` (eviction step and attention); ``speedup`` over the stock layer
-        by length. Each with its spread.
+        ``evict_share`` (eviction before attention and ballot after it), of ``extra``
+        (the same less stock's cache update) and of ``slowdown`` (with attention);
+        ``speedup`` over the stock layer by length. Each with its spread.
 
     """
     budget = policy.budget
@@ -144,8 +144,15 @@ def measure(
     everyone = list(range(batch))
     upcoming = iter(plans)
 
+    plan = plans[0]
+
     def evict(step: int) -> None:
-        layer.write(next(upcoming), *tokens[step])
+        nonlocal plan
+        plan = next(upcoming)
+        layer.write(plan, *tokens[step])
+
+    def vote(step: int) -> None:
+        layer.reduce(plan, *tokens[step])
 
     parts: dict[str, timing.Part] = {}
     for n, cache in caches.items():
@@ -163,26 +170,27 @@ def measure(
             # After stock's attention, so that the scan reads memory that the caches
             # have given up, as it does in a model of many layers; attention once more,
             # as it may find what the eviction step has brought.
-            parts |= {"evict": evict, "attend evicted": attend}
+            parts |= {"evict": evict, "attend evicted": attend, "vote": vote}
     seconds = timing.interleaved(parts, repeats, STEPS)
+    seconds["evict and vote"] = timing.total(seconds["evict"], seconds["vote"])
     stock = {
         n: timing.total(seconds[f"update {n}"], seconds[f"attend {n}"]) for n in caches
     }
-    ours = timing.total(seconds["evict"], seconds["attend evicted"])
+    ours = timing.total(seconds["evict and vote"], seconds["attend evicted"])
     # Against other lengths: the attention that comes after theirs; the one that comes
     # after its like finds a small cache's keys near.
-    cold = timing.total(seconds["evict"], seconds[f"attend {budget}"])
+    cold = timing.total(seconds["evict and vote"], seconds[f"attend {budget}"])
     more = [
         after - before
         for after, before in zip(
-            seconds["evict"], seconds[f"update {budget}"], strict=True
+            seconds["evict and vote"], seconds[f"update {budget}"], strict=True
         )
     ]
     return {
         "seconds": {
             name: timing.Spread.of(sample).as_dict() for name, sample in seconds.items()
         },
-        "evict_share": timing.ratio(seconds["evict"], stock[budget]).as_dict(),
+        "evict_share": timing.ratio(seconds["evict and vote"], stock[budget]).as_dict(),
         "extra": timing.ratio(more, stock[budget]).as_dict(),
         "slowdown": timing.ratio(ours, stock[budget]).as_dict(),
         "speedup": {n: timing.ratio(stock[n], cold).as_dict() for n in lengths},

@@ -291,7 +291,6 @@ class BudgetedLayer:
             arrays["positions"],
             arrays["slots"],
             arrays["evict"],
-            arrays["voters"],
             arrays["requests"],
             *self._common,
         )

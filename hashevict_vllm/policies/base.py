@@ -104,9 +104,9 @@ class EvictionRule(ABC):
         slots: LiveSlots,
         projection: torch.Tensor,
         scale: float,
-        t: int | None,
+        decode: bool,
     ) -> None:
-        """Let a query vote on slots, in place.
+        """Let a query vote on slots, in place; its votes count from the next token on.
 
         Called for the tokens of `ResolvedKVPolicy.voters` only.
 
@@ -115,7 +115,7 @@ class EvictionRule(ABC):
             slots: The n slots before the query's token.
             projection: float32 [D, b].
             scale: Softmax scale.
-            t: Position of the query in decode; None while a segment is read.
+            decode: Whether the query is a decoding token's, and not a segment's.
 
         """
         raise TypeError(f"{type(self).__name__} takes no votes")

@@ -16,6 +16,12 @@ import torch
 PARALLEL = 1e-12
 """Squared sine below which two directions count as one."""
 
+UNDESCRIBED = -1
+"""Instead of `Described.words`, which end in an exponent below 255: not yet described.
+
+A ballot describes such slots before it reads them, and nobody else reads descriptions.
+"""
+
 
 @dataclass(frozen=True)
 class Described:

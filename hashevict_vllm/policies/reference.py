@@ -76,17 +76,20 @@ class ReferenceLayer:
     def _decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Design 1.2: evict before attention, then attend. q [1, Hq, D]."""
-        self._vote(q[0], self.t, len(self.slots), scale, decode=True)
+        """Design 1.2: evict before attention, attend, then vote. q [1, Hq, D]."""
+        t = self.t
         if len(self.slots) == self.policy.budget:
-            self._evict(q[0], k[0], self.t, self.policy.budget)
+            self._evict(q[0], k[0], t, self.policy.budget)
         self._append(k, v)
-        return self._attend(q, scale)
+        output = self._attend(q, scale)
+        # On the slots that it found: its own came last.
+        self._vote(q[0], t, len(self.slots) - 1, scale, decode=True)
+        return output
 
     def _segment(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Design 1.3: attend with the segment held, then replay the decode rule."""
+        """Design 1.3: attend with the segment held, vote, then reduce."""
         start, arrived = self.t, len(self.slots)
         self._append(k, v)
         output = self._attend(q, scale)
@@ -111,8 +114,8 @@ class ReferenceLayer:
         """Let the query (q [Hq, D]) at position t vote on the slots before it."""
         if self.policy.voters(t, t + 1, self.prompt_len):
             grouped = q.unflatten(0, (self.slots.k.shape[0], -1))
-            slots, when = self.slots.first(arrived), t if decode else None
-            self.rule.vote(grouped, slots, self.projection, scale, when)
+            slots = self.slots.first(arrived)
+            self.rule.vote(grouped, slots, self.projection, scale, decode)
 
     def _evict(self, q: torch.Tensor, k: torch.Tensor, t: int, arrived: int) -> None:
         """Drop the victim of the token (q [Hq, D], k [Hkv, D]) at position t."""

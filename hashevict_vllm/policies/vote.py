@@ -1,11 +1,12 @@
 """HashEvict with memory: attention estimated from signatures, cast as votes.
 
 The paper's one-step rule forgets what earlier queries needed. Here queries vote on the
-slots that they would attend to, estimated before attention from signatures and a few
-numbers of every key (`hashevict_vllm.policies.frame`); H2O (arXiv 2306.14048)
-accumulates true scores so. A prompt segment is judged at its end by its last queries,
-as SnapKV (arXiv 2404.14469) judges by true scores, but what follows an attended slot is
-kept rather than what surrounds it.
+slots that they would attend to, estimated from signatures and a few numbers of every
+key (`hashevict_vllm.policies.frame`); H2O (arXiv 2306.14048) accumulates true scores
+so. A vote counts from the next token on: a victim is chosen, before attention, by what
+earlier queries said, and nobody waits for a ballot. A prompt segment is judged at its
+end by its last queries, as SnapKV (arXiv 2404.14469) judges by true scores, but what
+follows an attended slot is kept rather than what surrounds it.
 """
 
 from __future__ import annotations
@@ -59,20 +60,16 @@ class Vote(EvictionRule):
         slots: LiveSlots,
         projection: torch.Tensor,
         scale: float,
-        t: int | None,
+        decode: bool,
     ) -> None:
         """Votes grow by the estimated attention, the largest of the query group.
 
         Softmax of ``scale`` times `dot_products` over the slots. In decode votes fade
-        first, and slots that came since the last ballot start from the mean of the
-        others.
+        first.
         """
         logits = self.dot_products(q, slots.k, projection) * scale
-        if t is not None:
+        if decode:
             slots.votes.mul_(self.policy.decay)
-            new = slots.position >= t - self.policy.vote_every
-            for votes, fresh in zip(slots.votes, new, strict=True):
-                votes[fresh] = votes[~fresh].mean() if not fresh.all() else 0.0
         slots.votes.add_(logits.softmax(-1).amax(1))
 
     def dot_products(
@@ -117,12 +114,10 @@ class Vote(EvictionRule):
     def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor:
         """Protected slots, then those with the most votes in their neighbourhood.
 
-        A neighbourhood's votes become those of its slots, in place: in decode each slot
-        is judged alone, and what was kept for its neighbours would go first.
+        A neighbourhood decides who stays; in decode every slot is judged by its own.
         """
         position = slots.position
         pooled = self._pooled(position, slots.votes)
-        slots.votes.copy_(pooled)
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
         )

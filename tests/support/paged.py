@@ -111,7 +111,6 @@ class PagedLayer:
             arrays["positions"],
             arrays["slots"],
             arrays["evict"],
-            arrays["voters"],
             arrays["requests"],
             *common,
         )

@@ -35,18 +35,18 @@ def decode_arrays(
         voters = (positions >= policy.first_ballot) & (
             positions % policy.vote_every == 0
         )
-    # A token that is appended votes after its attention, as those of a prompt do.
-    (late,) = np.nonzero(voters & ~evict)
-    replay = np.zeros((len(late), 8), np.int32)
-    if len(late):
-        replay[:, 0], replay[:, 1], replay[:, 2] = late, positions[late], 1
-        replay[:, 3], replay[:, 4], replay[:, 7] = late, slots[late], policy.vote_every
+    # They vote after attention.
+    (voting,) = np.nonzero(voters)
+    replay = np.zeros((len(voting), 8), np.int32)
+    if len(voting):
+        replay[:, 0], replay[:, 1], replay[:, 2] = voting, positions[voting], 1
+        replay[:, 3], replay[:, 4] = voting, slots[voting]
+        replay[:, 7] = policy.vote_every
     return {
         "token_rows": rows,
         "positions": positions,
         "slots": slots,
         "evict": evict,
-        "voters": voters & evict,
         "requests": rows,
         "replay": replay,
     }

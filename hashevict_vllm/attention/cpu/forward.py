@@ -78,7 +78,6 @@ class BudgetedImplMixin(UnsharedCacheMixin):
                 step.positions,
                 step.slots,
                 step.evict,
-                step.voters,
                 step.requests,
                 *common,
             )

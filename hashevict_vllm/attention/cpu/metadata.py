@@ -33,7 +33,6 @@ class Round:
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to, or the number of live slots if evicting.
         evict: bool [n].
-        voters: bool [n], evicting tokens whose queries vote first.
         requests: int32 [n], rows of the block table.
         replay: int32 [m, 8], pieces that vote or whose segment overflows the budget,
             as `kernels.cpu.launch.replay_segments` takes them.
@@ -47,7 +46,6 @@ class Round:
     positions: np.ndarray
     slots: np.ndarray
     evict: np.ndarray
-    voters: np.ndarray
     requests: np.ndarray
     replay: np.ndarray
     inner: Any
@@ -85,16 +83,13 @@ def _round_arrays(pieces: Sequence[Piece], budget: int) -> dict[str, np.ndarray]
             *(p.compact, p.first_voter, p.ballots),
         )
         for p in pieces
-        if not p.evict and (p.slot + p.count > budget or p.first_voter < p.count)
+        if p.first_voter < p.count or (not p.evict and p.slot + p.count > budget)
     ]
     return {
         "token_rows": (per_token([p.row for p in pieces]) + within).astype(np.int32),
         "positions": (per_token([p.start for p in pieces]) + within).astype(np.int32),
         "slots": (per_token([p.slot for p in pieces]) + within).astype(np.int32),
         "evict": np.repeat(np.array([p.evict for p in pieces]), counts),
-        "voters": np.repeat(
-            np.array([p.evict and p.first_voter == 0 for p in pieces]), counts
-        ),
         "requests": per_token([p.request for p in pieces]),
         "replay": np.array(replay, np.int32).reshape(-1, 8),
     }

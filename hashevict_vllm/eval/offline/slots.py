@@ -151,7 +151,6 @@ class Slab:
         ]
         slot = torch.full(k.shape[:3], self.n)
         for i, (rule, slots) in enumerate(zip(self.rules, self.slots(), strict=True)):
-            rule.before(slots, steps[i])
             if full:
                 slot[i] = rule.victims(slots, steps[i])
         if not full:

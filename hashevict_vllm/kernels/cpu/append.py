@@ -11,6 +11,7 @@ from hashevict_vllm.kernels.cpu.frame import (
     describe_slots,
     frame_of,
     last_group,
+    leave_undescribed,
 )
 from hashevict_vllm.kernels.cpu.jit import inlined
 from hashevict_vllm.kernels.cpu.scores import describe_key
@@ -50,7 +51,7 @@ def append_tokens(
         slot, position = np.int64(slots[i]), positions[i]
         load_new_key(pages, tokens, rows[i], head, key)
         if votes and late:
-            words[:] = 0
+            leave_undescribed(words)
         elif votes and position >= rule.sinks:
             describe_in(key, frame, rule.projection, scratch.key_dots, words)
         else:

@@ -16,12 +16,7 @@ from hashevict_vllm.kernels.codes import (
     VOTE,
 )
 from hashevict_vllm.kernels.cpu.borrow import borrowed
-from hashevict_vllm.kernels.cpu.frame import (
-    describe_in,
-    describe_slots,
-    frame_of,
-    last_group,
-)
+from hashevict_vllm.kernels.cpu.frame import leave_undescribed
 from hashevict_vllm.kernels.cpu.hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu.jit import inlined
 from hashevict_vllm.kernels.cpu.scan import BEST_SIZE, best_slot, reset_best
@@ -33,13 +28,11 @@ from hashevict_vllm.kernels.cpu.scores import (
 )
 from hashevict_vllm.kernels.cpu.slots import (
     copy_in,
-    prefetch_lines,
     prefetch_rows,
     prefetch_slot,
     write_words,
 )
 from hashevict_vllm.kernels.cpu.tokens import load_new_key
-from hashevict_vllm.kernels.cpu.votes import cast_votes
 
 BLOCKS_AHEAD = 4
 """Blocks whose metadata are asked for before a scan; then one by one, as it goes on."""
@@ -52,7 +45,6 @@ class Evicting(NamedTuple):
         row: Of q, k and v.
         t: Its position.
         num_slots: Live slots of its request.
-        votes: Whether its queries vote first.
         blocks: int32 [..], blocks of its request.
 
     """
@@ -60,7 +52,6 @@ class Evicting(NamedTuple):
     row: np.int64
     t: np.int64
     num_slots: np.int64
-    votes: bool
     blocks: np.ndarray
 
 
@@ -68,7 +59,6 @@ class Chosen(NamedTuple):
     """What is made of an evicting token, by KV head.
 
     Attributes:
-        frames: float64 [H, 3 D], with votes.
         words: int32 [H, 1, W], what its slot keeps of its key.
         merged: int32 [H, .., W], what signatures are compared with (`merge`).
         best: int32 [H, BEST_SIZE], see `scan`.
@@ -76,7 +66,6 @@ class Chosen(NamedTuple):
 
     """
 
-    frames: np.ndarray
     words: np.ndarray
     merged: np.ndarray
     best: np.ndarray
@@ -89,7 +78,6 @@ def new_chosen(pages, scratch):
     heads, words = pages.heads, pages.words
     shape = merged_shape(scratch.sources.shape[0], words)
     return Chosen(
-        np.zeros((heads, 3 * pages.dim), np.float64),
         np.zeros((heads, 1, words), np.int32),
         np.zeros((heads, shape[0], shape[1]), np.int32),
         np.empty((heads, BEST_SIZE), np.int32),
@@ -101,7 +89,6 @@ def new_chosen(pages, scratch):
 def lent_chosen(own):
     """The same arrays, borrowed, as `lent_scratch`."""
     return Chosen(
-        borrowed(own.frames),
         borrowed(own.words),
         borrowed(own.merged),
         borrowed(own.best),
@@ -110,8 +97,8 @@ def lent_chosen(own):
 
 
 @njit
-def rows_read(pages, rule, votes):
-    """The rows [first, end) of a tail that a scan reads, a ballot before if ``votes``.
+def rows_read(pages, rule):
+    """The rows [first, end) of a tail that a scan reads.
 
     Positions are left out where only the few blocks with a new best slot need them.
     """
@@ -119,39 +106,30 @@ def rows_read(pages, rule, votes):
     if rule.score == RECENCY or rule.score == RANDOM:
         return words, words + 1
     if rule.score == VOTE:
-        return (np.int64(0), words + 1) if votes else (words - 1, words)
+        return words - 1, words
     return np.int64(0), words
 
 
 @inlined
 def look_ahead(pages, rule, token, head):
-    """Ask for what one head's description and the beginning of its scan read."""
+    """Ask for what the beginning of one head's scan reads."""
     end = min(BLOCKS_AHEAD * pages.block_size, token.num_slots)
-    row, last_row = rows_read(pages, rule, token.votes)
+    row, last_row = rows_read(pages, rule)
     prefetch_rows(pages, token.blocks, 0, end, head, row, last_row)
-    if rule.score == VOTE:
-        # The sinks, of which slot 0 is one, make the frame.
-        prefetch_lines(pages, token.blocks, 0, head, pages.k_map)
 
 
 @inlined
-def describe_new(pages, rule, tokens, token, head, lanes, scratch, chosen):
+def describe_new(pages, rule, tokens, token, head, scratch, chosen):
     """Describe an evicting token's key, and what slots are to be compared with.
 
-    Written: this head's ``words``, ``merged``, and with votes ``frames``. ``lanes`` as
-    `hashevict_vllm.kernels.cpu.frame.adjacent_keys`.
+    Written: this head's ``words`` and ``merged``. With votes the next ballot describes.
     """
     key, words = scratch.key, chosen.words[head]
-    load_new_key(pages, tokens, token.row, head, key)
     if rule.score == VOTE:
-        frame, end = chosen.frames[head], token.num_slots
-        frame_of(pages, token.blocks, head, lanes, rule.sinks, scratch.x, frame)
-        if token.t == end:  # the first that evicts
-            first = last_group(end)
-            describe_slots(pages, rule, token.blocks, first, end, head, frame, scratch)
-        describe_in(key, frame, rule.projection, scratch.key_dots, words[0])
-    else:
-        describe_key(key, rule, scratch.key_dots, words[0])
+        leave_undescribed(words[0])
+        return
+    load_new_key(pages, tokens, token.row, head, key)
+    describe_key(key, rule, scratch.key_dots, words[0])
     if rule.score == HAMMING_TO_QUERY:
         merge_queries(
             pages, rule, tokens, token.row, head, scratch, chosen.merged[head]
@@ -161,21 +139,15 @@ def describe_new(pages, rule, tokens, token, head, lanes, scratch, chosen):
 
 
 @inlined
-def choose_victims(pages, rule, tokens, token, low, high, scratch, chosen):
+def choose_victims(pages, rule, token, low, high, scratch, chosen):
     """Choose victims in heads [low, high) and write what slots keep of the token."""
     block_size, blocks, t = pages.block_size, token.blocks, token.t
     num_slots, scores = token.num_slots, scratch.scores
     merged, best = chosen.merged, chosen.best
-    if token.votes:
-        for head in range(low, high):
-            frame = chosen.frames[head]
-            cast_votes(
-                pages, rule, tokens, token.row, blocks, num_slots, head, frame, t
-            )
     scores[:] = np.int32(0)
     for head in range(low, high):
         reset_best(best[head])
-    row, last_row = rows_read(pages, rule, token.votes)
+    row, last_row = rows_read(pages, rule)
     for first in range(0, num_slots if rule.score != KEY_DIFF else 0, block_size):
         ahead = first + BLOCKS_AHEAD * block_size
         for head in range(low, high):

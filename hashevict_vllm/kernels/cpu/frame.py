@@ -19,19 +19,20 @@ from hashevict_vllm.kernels.cpu.slots import (
     elements_of,
     load_key,
     row_size,
+    tail_of,
     word_of,
 )
 from hashevict_vllm.kernels.cpu.vector import LANES, sum_of_run
-from hashevict_vllm.policies.frame import PARALLEL
+from hashevict_vllm.policies.frame import PARALLEL, UNDESCRIBED
 
 AT_ONCE = 16
 """Slots that are described together where tokens come one by one.
 
 A single token's key is described when it completes a group of so many slots, with the
-others of it; a run of tokens is described at once, with what its group lacked before;
-so is the last group (`last_group`) before anybody reads it: before the first eviction,
-and when a single token of a prompt votes. The frame is made once for all of them, and
-requests that end below their budget pay next to nothing.
+others of it, so that full blocks, which requests may share, are complete; a run of
+tokens is described at once. What is left is described by the ballot that reads it
+(`describe_missing`), as are tokens that overwrite a slot. The frame is made once for
+all of them, and requests that end below their budget pay next to nothing.
 """
 
 _FAST = {"contract", "reassoc", "nsz"}
@@ -200,6 +201,13 @@ def last_group(end):
     return end // AT_ONCE * AT_ONCE
 
 
+@inlined
+def leave_undescribed(words):
+    """What a slot keeps until a ballot describes it, into ``words`` [W]; no votes."""
+    words[:] = 0
+    words[len(words) - 2] = UNDESCRIBED
+
+
 @njit
 def describe_slots(pages, rule, blocks, first, end, head, frame, scratch):
     """Describe the keys of slots [first, end), which are there; votes stay."""
@@ -210,6 +218,24 @@ def describe_slots(pages, rule, blocks, first, end, head, frame, scratch):
         at = word_of(pages, blocks, slot, head)
         for w in range(len(words) - 1):
             pages.tail[at + w * size] = words[w]
+
+
+@njit
+def describe_missing(pages, rule, blocks, num_slots, head, frame, scratch):
+    """Describe those of the first ``num_slots`` slots that nobody has described."""
+    block_size, row = pages.block_size, (pages.words - 2) * row_size(pages)
+    for first in range(0, num_slots, block_size):
+        at = tail_of(pages, blocks, first, head) + row
+        packed = pages.tail[at : at + min(block_size, num_slots - first)]
+        missing = np.int32(0)
+        for i in range(len(packed)):
+            missing += np.int32(packed[i] == UNDESCRIBED)
+        for i in range(len(packed) if missing else 0):
+            if packed[i] == UNDESCRIBED:
+                slot = first + i
+                describe_slots(
+                    pages, rule, blocks, slot, slot + 1, head, frame, scratch
+                )
 
 
 @njit

@@ -33,7 +33,6 @@ def write_tokens(
     positions,
     slots,
     evict,
-    voters,
     requests,
     block_table,
     projection,
@@ -57,7 +56,6 @@ def write_tokens(
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to; the number of live slots if evicting.
         evict: bool [n], whether to overwrite the victim instead of appending.
-        voters: bool [n], whether an evicting token's queries vote first.
         requests: int32 [n], rows of the block table.
         block_table: int32 [R, max blocks].
         projection: float32 [D * b], R row-major; empty where the rule hashes nothing.
@@ -86,7 +84,6 @@ def write_tokens(
                 borrowed(positions),
                 borrowed(slots),
                 borrowed(evict),
-                borrowed(voters),
                 borrowed(requests),
                 borrowed(block_table),
             ),
@@ -175,7 +172,5 @@ def warm_up(dtype: np.dtype) -> None:
     team = np.array([0, 1], np.int64)
     common = (table, floats, table, table, geometry, rule, floats, team)
     no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 8), np.int32)
-    write_tokens(
-        elements, tail, places, none, none, none, no_flags, no_flags, none, *common
-    )
+    write_tokens(elements, tail, places, none, none, none, no_flags, none, *common)
     replay_segments(elements, tail, places, no_pieces, *common, 1)

@@ -15,9 +15,8 @@ from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, VOTE
 from hashevict_vllm.kernels.cpu.evict import new_chosen
 from hashevict_vllm.kernels.cpu.frame import (
     adjacent_keys,
-    describe_slots,
+    describe_missing,
     frame_of,
-    last_group,
 )
 from hashevict_vllm.kernels.cpu.hamming import merge
 from hashevict_vllm.kernels.cpu.jit import inlined
@@ -28,7 +27,7 @@ from hashevict_vllm.kernels.cpu.votes import cast_votes, mark_losers
 
 
 class Piece(NamedTuple):
-    """A run of prompt tokens, or a token that votes; a row of ``pieces``.
+    """A run of prompt tokens, or of decoding ones that vote; a row of ``pieces``.
 
     Attributes:
         request: Row of the block table.
@@ -70,13 +69,17 @@ def _piece_of(row):
 
 @njit
 def _vote(pages, rule, tokens, piece, blocks, head, lanes, budget, scratch, frame):
-    """Cast the votes of a piece, and mark who loses if it is the segment's last."""
+    """Cast the votes of a piece, and mark who loses if it is the segment's last.
+
+    A token that evicted (``slot`` is the budget) votes on the others among the live
+    slots.
+    """
     end = piece.slot + piece.length
-    if piece.first_voter < piece.length or piece.compact:
+    if piece.first_voter < piece.length:
         frame_of(pages, blocks, head, lanes, rule.sinks, scratch.x, frame)
-        if piece.length == 1:
-            first = last_group(end)
-            describe_slots(pages, rule, blocks, first, end, head, frame, scratch)
+        # Beyond the budget the token itself has taken a slot below.
+        there = min(end, budget) if piece.vote_every else end
+        describe_missing(pages, rule, blocks, there, head, frame, scratch)
     for i in range(piece.first_voter, piece.length, max(piece.vote_every, 1)):
         t = piece.start + i if piece.vote_every else -1
         row, num_slots = piece.row + i, piece.slot + i
@@ -142,12 +145,13 @@ def replay_items(pages, rule, tokens, pieces, block_table, budget, first, last):
     """
     scratch = new_scratch(pages, rule, tokens)
     chosen = new_chosen(pages, scratch)
-    lanes = adjacent_keys(pages.k_map, rule.sinks if rule.score == VOTE else 0)
+    votes = rule.score == VOTE
+    lanes = adjacent_keys(pages.k_map, rule.sinks if votes else 0)
+    frame = np.empty(3 * pages.dim if votes else 0, np.float64)
     for item in range(first, last):
         piece, head = _piece_of(pieces[item // pages.heads]), item % pages.heads
         blocks = block_table[piece.request]
-        if rule.score == VOTE:
-            frame = chosen.frames[head]
+        if votes:
             _vote(
                 pages, rule, tokens, piece, blocks, head, lanes, budget, scratch, frame
             )

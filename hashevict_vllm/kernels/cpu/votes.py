@@ -71,23 +71,26 @@ def _pair_up(along, group, first, scale, lines):
             lines[4 * axis + g] = value
 
 
-@njit(fastmath={"contract", "reassoc", "nsz"})
-def _sum_old(votes, position, oldest_new):
-    """Sum and number of the votes [n] of slots before position ``oldest_new``."""
-    total, others = np.float32(0), np.int32(0)
-    for i in range(len(votes)):
-        old = position[i] < oldest_new
-        total += votes[i] if old else np.float32(0)
-        others += np.int32(old)
-    return total, others
-
-
 @njit(fastmath={"contract"})
-def _fade_and_add(votes, position, oldest_new, decay, mean, new_votes):
-    """Decay votes [n], or set those of new slots to ``mean``, and add the new ones."""
+def _fade_and_add(votes, decay, new_votes):
+    """Decay votes [n] and add the new ones."""
     for i in range(len(votes)):
-        kept = votes[i] * decay if position[i] < oldest_new else mean
-        votes[i] = kept + new_votes[i]
+        votes[i] = votes[i] * decay + new_votes[i]
+
+
+@njit
+def _slot_at(pages, blocks, num_slots, head, t):
+    """The slot of position ``t``; ``num_slots`` if there is none."""
+    block_size, row = pages.block_size, pages.words * row_size(pages)
+    for first in range(0, num_slots, block_size):
+        at = tail_of(pages, blocks, first, head) + row
+        position = pages.tail[at : at + min(block_size, num_slots - first)]
+        found = np.int32(block_size)
+        for i in range(len(position)):
+            found = min(found, np.int32(i) if position[i] == t else found)
+        if found < block_size:
+            return first + np.int64(found)
+    return num_slots
 
 
 @njit
@@ -95,7 +98,7 @@ def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
     """Let the G queries of a row vote on the first ``num_slots`` slots of a request.
 
     ``frame`` float64 [3 D]. ``t`` is the position of a decoding token, whose ballot
-    first fades earlier votes; negative in a segment.
+    first fades earlier votes, and passes over its own slot; negative in a segment.
     """
     block_size, tail = pages.block_size, pages.tail
     hashed, size = pages.words - 2, row_size(pages)
@@ -107,6 +110,7 @@ def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
     sums, shares = np.empty(WIDTH, np.float32), np.empty(4, np.float32)
     votes = np.zeros(room, np.float32)
     along, lines = np.empty(2 * group, np.float32), np.empty(8, np.float32)
+    own = _slot_at(pages, blocks, num_slots, head, t) if t >= 0 else num_slots
     load_queries(pages, tokens, row, head, x)
     split_queries(x, frame, group, along)
     project_rows(x, rule.projection, projected, group)
@@ -131,31 +135,21 @@ def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
             at = base + hashed * size
             join_rows(logits, 4 * first, tail, at, block_size, rule.gain, lines)
         logits[4 * num_slots :] = np.float32(-np.inf)
+        logits[4 * own : 4 * own + 4] = np.float32(-np.inf)
         softmax_rows(logits, sums)
         for g in range(4):
             total = sums[g] + sums[g + 4] + sums[g + 8] + sums[g + 12]
             # Queries beyond the group have no say.
             shares[g] = np.float32(1) / total if first_query + g < group else 0
         raise_votes(logits, shares, votes)
-    # In a segment every slot is older than this, and nothing fades.
-    oldest_new, decay, mean = np.int32(2**31 - 1), np.float32(1), np.float32(0)
-    if t >= 0:
-        oldest_new, decay = np.int32(t - rule.vote_every), rule.decay
-        total, others = np.float32(0), 0
-        for first in range(0, num_slots, block_size):
-            count = min(block_size, num_slots - first)
-            at = tail_of(pages, blocks, first, head) + (hashed + 1) * size
-            position = tail[at + size : at + size + count]
-            here, old = _sum_old(as_float[at : at + count], position, oldest_new)
-            total += here
-            others += old
-        mean = decay * total / np.float32(others) if others else np.float32(0)
+    if own < num_slots:
+        votes[own] = np.float32(0)
+    decay = rule.decay if t >= 0 else np.float32(1)
     for first in range(0, num_slots, block_size):
         count = min(block_size, num_slots - first)
         at = tail_of(pages, blocks, first, head) + (hashed + 1) * size
-        position = tail[at + size : at + size + count]
         kept, new_votes = as_float[at : at + count], votes[first : first + count]
-        _fade_and_add(kept, position, oldest_new, decay, mean, new_votes)
+        _fade_and_add(kept, decay, new_votes)
 
 
 @njit
@@ -194,9 +188,9 @@ def _pool(position, votes, pool):
 def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
     """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
 
-    Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`), and
-    stay so; sinks and positions of at least ``end - recent`` are protected; ties keep
-    the newer slot.
+    Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`); in
+    the page every slot keeps its own. Sinks and positions of at least ``end - recent``
+    are protected; ties keep the newer slot.
     """
     words, size, tail = pages.words, row_size(pages), pages.tail
     position = np.empty(num_slots, np.int32)
@@ -208,9 +202,6 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
         votes[slot] = as_float[at + (words - 1) * size]
     order = np.argsort(position)
     pooled = _pool(position[order], votes[order], rule.pool)
-    for i in range(num_slots):
-        at = word_of(pages, blocks, order[i], head)
-        as_float[at + (words - 1) * size] = pooled[i]
     ranked = np.argsort(pooled, kind="mergesort")
     left = num_slots - budget
     for i in ranked:

@@ -42,7 +42,6 @@ class Writes(NamedTuple):
         positions: int32 [n].
         slots: int32 [n].
         evict: bool [n].
-        voters: bool [n].
         requests: int32 [n].
         block_table: int32 [R, max blocks].
 
@@ -52,7 +51,6 @@ class Writes(NamedTuple):
     positions: np.ndarray
     slots: np.ndarray
     evict: np.ndarray
-    voters: np.ndarray
     requests: np.ndarray
     block_table: np.ndarray
 
@@ -64,7 +62,6 @@ def _evicting(writes, n):
         np.int64(writes.rows[n]),
         np.int64(writes.positions[n]),
         np.int64(writes.slots[n]),
-        writes.voters[n],
         writes.block_table[writes.requests[n]],
     )
 
@@ -79,7 +76,9 @@ def write_items(pages, rule, tokens, writes, first, last):
     own_scratch = new_scratch(pages, rule, tokens)
     own_chosen = new_chosen(pages, own_scratch)
     scratch, chosen = lent_scratch(own_scratch), lent_chosen(own_chosen)
-    lanes = adjacent_keys(pages.k_map, rule.sinks if rule.score == VOTE else 0)
+    votes = rule.score == VOTE
+    lanes = adjacent_keys(pages.k_map, rule.sinks if votes else 0)
+    frame = np.empty(3 * pages.dim if votes else 0, np.float64)
     # The request whose victims are chosen, but not overwritten yet, and its heads.
     before, waiting, waiting_to = _evicting(writes, 0), np.int64(0), np.int64(0)
     stop, item = np.int64(0), np.int64(0)
@@ -103,14 +102,14 @@ def write_items(pages, rule, tokens, writes, first, last):
                     head,
                     lanes,
                     scratch,
-                    chosen.frames[0],
+                    frame,
                 )
                 continue
             look_ahead(pages, rule, token, head)
             victim = chosen.victims[waiting] if waiting < waiting_to else np.int64(0)
             if waiting < waiting_to:
                 prefetch_slot(pages, before.blocks, victim, waiting)
-            describe_new(pages, rule, tokens, token, head, lanes, scratch, chosen)
+            describe_new(pages, rule, tokens, token, head, scratch, chosen)
             if waiting < waiting_to:
                 copy_in(pages, tokens, before.row, before.blocks, victim, waiting)
                 waiting += 1
@@ -118,7 +117,7 @@ def write_items(pages, rule, tokens, writes, first, last):
             continue
         # Two requests may differ in how many of their heads are this thread's.
         overwrite(pages, tokens, before, chosen.victims, waiting, waiting_to)
-        choose_victims(pages, rule, tokens, token, low, high, scratch, chosen)
+        choose_victims(pages, rule, token, low, high, scratch, chosen)
         before, waiting, waiting_to = token, np.int64(low), np.int64(high)
     overwrite(pages, tokens, before, chosen.victims, waiting, waiting_to)
     hold(own_scratch, own_chosen)

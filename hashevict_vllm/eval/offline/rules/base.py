@@ -62,9 +62,6 @@ class Rule(ABC):
 
         """
 
-    def before(self, slots: Slots, step: Step) -> None:  # noqa: B027 (optional)
-        """Look at a new token before anything is evicted for it; may change stat."""
-
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:
         """Slots that the new token overwrites: lowest statistic, then oldest.
 

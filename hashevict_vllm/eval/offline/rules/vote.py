@@ -99,9 +99,9 @@ class VoteRule(PolicyRule):
     def judge(
         self, prompt: PromptLayer
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Votes of the prompt's last queries, pooled; as `Vote.survivors`.
+        """Votes of the prompt's last queries, and the same pooled; as `Vote.survivors`.
 
-        Budgets share the votes; what is protected depends on the budget.
+        Budgets share them; what is protected depends on the budget.
         """
         position = torch.arange(len(prompt)).expand(len(prompt.k), -1)
         voters = self.policy.voters(0, len(prompt), len(prompt))
@@ -109,9 +109,10 @@ class VoteRule(PolicyRule):
         name = (self.label, self.policy.seed, voters, reduced)
         if name not in prompt.memo:
             votes = self._votes(prompt, position, voters)
-            prompt.memo[name] = self.rule._pooled(position, votes) if reduced else votes
-        votes = prompt.memo[name]
-        score = votes.clone()
+            pooled = self.rule._pooled(position, votes) if reduced else votes
+            prompt.memo[name] = torch.stack([votes, pooled])
+        votes, pooled = prompt.memo[name]
+        score = pooled.clone()
         score[:, : self.policy.sinks] = float("inf")
         score[:, max(0, len(prompt) - self.recent) :] = float("inf")
         return votes, score, no_flags(prompt)
@@ -126,14 +127,17 @@ class VoteRule(PolicyRule):
         projection = self.projection(prompt.k.shape[-1])
         for i in voters:
             earlier = slots.first(i)
-            self.rule.vote(prompt.q[:, :, i], earlier, projection, prompt.scale, None)
+            self.rule.vote(prompt.q[:, :, i], earlier, projection, prompt.scale, False)
         return slots.votes
 
-    def before(self, slots: Slots, step: Step) -> None:
-        """Ballot, every ``vote_every`` tokens."""
+    def after(self, slots: Slots, weights: torch.Tensor, step: Step) -> None:
+        """Ballot, every ``vote_every`` tokens, on all slots but the token's own."""
         if self.policy.voters(step.t, step.t + 1, step.prompt_len):
             live, r = live_slots(slots, None), self.projection(slots.k.shape[-1])
-            self.rule.vote(step.q.flatten(0, 1), live, r, step.scale, step.t)
+            others = live.position != step.t
+            rest = live.without((~others).int().argmax(1))
+            self.rule.vote(step.q.flatten(0, 1), rest, r, step.scale, True)
+            live.votes[others] = rest.votes.flatten()
             slots.stat.copy_(live.votes.view_as(slots.stat))
 
     def victims(self, slots: Slots, step: Step) -> torch.Tensor:

@@ -1,0 +1,88 @@
+"""The vote rule: when a vote counts, what a new slot starts from, what a slot keeps."""
+
+from __future__ import annotations
+
+import torch
+from support.oracle import resolve
+
+from hashevict_vllm.policies.reference import ReferenceLayer
+
+HEADS, DIM, SCALE = 2, 32, 32**-0.5
+OPTIONS = {"sinks": 1, "recent": 4, "vote_every": 4, "decay": 0.5}
+
+
+def read(options: dict[str, object], prompt: int, outputs: int) -> ReferenceLayer:
+    """A layer that has read random tokens."""
+    torch.manual_seed(0)
+    layer = ReferenceLayer(resolve({**OPTIONS, **options}), prompt, HEADS, DIM)
+    q, k, v = torch.randn(3, prompt + outputs, HEADS, DIM)
+    layer.forward(q[:prompt], k[:prompt], v[:prompt], SCALE)
+    for t in range(prompt, prompt + outputs):
+        at = slice(t, t + 1)
+        layer.forward(q[at], k[at], v[at], SCALE)
+    return layer
+
+
+def token(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A token's q, k and v."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(3, 1, HEADS, DIM, generator=generator))  # type: ignore[return-value]
+
+
+def test_a_vote_counts_from_the_next_token_on() -> None:
+    """What a voter's query says does not decide which slot its own token overwrites."""
+    survivors, votes = [], []
+    for seed in range(5):
+        layer = read({"budget": 40}, prompt=60, outputs=0)
+        assert layer.policy.voters(60, 61, 60)
+        _, k, v = token(0)
+        layer.forward(token(seed)[0], k, v, SCALE)
+        survivors.append(layer.slots.position)
+        votes.append(layer.slots.votes)
+    for other in range(1, 5):
+        assert torch.equal(survivors[0], survivors[other])
+        assert not torch.equal(votes[0], votes[other])
+
+
+def test_a_slot_starts_without_votes_and_its_own_token_casts_none_for_it() -> None:
+    layer = read({"budget": 40}, prompt=60, outputs=0)
+    for t in range(60, 70):
+        layer.forward(*token(t), SCALE)
+        newest = layer.slots.position.argmax(1)
+        assert layer.slots.position[0, newest[0]] == t
+        assert bool((layer.slots.votes.gather(1, newest[:, None]) == 0).all())
+
+
+def test_a_ballot_fades_earlier_votes_and_spreads_one_vote_over_the_others() -> None:
+    layer = read({"budget": 40}, prompt=60, outputs=0)
+    before = layer.slots
+    layer.forward(*token(60), SCALE)
+    after = layer.slots
+    for head in range(HEADS):
+        kept = torch.isin(before.position[head], after.position[head])
+        earlier = before.votes[head, kept] * 0.5
+        cast = after.votes[head, :-1] - earlier  # the newest comes last
+        assert bool((cast >= 0).all())
+        torch.testing.assert_close(cast.sum(), torch.tensor(1.0))
+
+
+def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_their_own_votes() -> (
+    None
+):
+    def votes_by_position(layer: ReferenceLayer, head: int) -> dict[int, float]:
+        slots = layer.slots
+        pairs = zip(
+            slots.position[head].tolist(), slots.votes[head].tolist(), strict=True
+        )
+        return dict(pairs)
+
+    whole = read({"budget": 199, "pool": 15}, prompt=150, outputs=0)  # all stays
+    pooled = read({"budget": 50, "pool": 15}, prompt=150, outputs=0)
+    alone = read({"budget": 50, "pool": 1}, prompt=150, outputs=0)
+    assert not torch.equal(pooled.slots.position, alone.slots.position)
+    for head in range(HEADS):
+        own = votes_by_position(whole, head)
+        for layer in (pooled, alone):
+            found = votes_by_position(layer, head)
+            assert len(found) == 50
+            assert found == {position: own[position] for position in found}
