@@ -204,9 +204,10 @@ def make_builder(needs: InnerBackend) -> Any:
     impl = SimpleNamespace(num_queries_per_kv=1, scale=1.0, kv_cache_dtype="auto")
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=128, max_num_seqs=4),
-        model_config=SimpleNamespace(max_model_len=512),
+        model_config=SimpleNamespace(max_model_len=512, dtype=torch.float32),
         compilation_config=SimpleNamespace(
-            static_forward_context={"layer": SimpleNamespace(impl=impl)}
+            max_cudagraph_capture_size=0,
+            static_forward_context={"layer": SimpleNamespace(impl=impl)},
         ),
     )
     spec = BudgetedAttentionSpec.from_stock(stock, POLICY)
@@ -293,14 +294,13 @@ def test_queries_are_quantised_for_attention_but_not_for_the_rule() -> None:
     assert impl.supports_quant_query_input  # FlashAttentionImpl.forward asks now
     query = torch.randn(3, 2, 32, dtype=torch.bfloat16)
     layer = SimpleNamespace(_q_scale=torch.tensor(0.5))
-    step = SimpleNamespace(
-        layer=layer, query=query, key=None, value=None, kv_cache=None
-    )
+    tokens = SimpleNamespace(q=query, k=None, v=None)
+    step = SimpleNamespace(layer=layer, tokens=tokens, kv_cache=None)
     part = SimpleNamespace(inner=lambda: None, rows=None)
     impl._attend(step, part, torch.empty_like(query), None)
     assert impl.seen.dtype == torch.float8_e4m3fn
     assert torch.equal(impl.seen.float(), (query / 0.5).to(impl.seen.dtype).float())
-    assert step.query is query
+    assert step.tokens.q is query
 
 
 def test_scales_per_head_are_refused() -> None:

@@ -20,6 +20,7 @@ from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.arguments import (
     Estimate,
     Page,
+    Scratch,
     Signed,
     Step,
     Tokens,
@@ -103,18 +104,22 @@ def launches(
     lens = ints(tokens) + length
     pieces, live, owner = ints(tokens, ops.NUM_COLUMNS), ints(tokens), ints(tokens)
     plan = (starts, lens, ints(tokens), ints(tokens), pieces, live, owner)
-    taken, page = ints(tokens, heads), Page.of(pages)
+    page = Page.of(pages)
     step = Step.of(pieces, owner, table, heads)
     estimate = Estimate.of(projection, 0.125, 0.02, 0.85)
-    layer = (Tokens.of(q, k, k), signed, step, page, estimate)
+    layer = (Tokens.of(q, k, k), signed, step, page)
+    scratch = Scratch.of(rule, tokens * heads, shape.group, dim, q.device)
+    queries = torch.empty_like(q) if rule.votes else None
     made: dict[str, Callable[[], object]] = {
         "plan": lambda: ops.plan(*plan, rule, True)
     }
     if rule.signs:
         made["sign"] = lambda: ops.sign(layer[0], projection, signed, rule)
-    made["write"] = lambda: ops.write(*layer, taken, rule, shape.budget, True)
+    bound = shape.budget
+    made["write"] = lambda: ops.write(*layer, rule, bound, True, queries=queries)
     if rule.votes:
-        made["describe"] = lambda: ops.describe(step, page, projection, taken, rule)
+        asking = (Tokens.asking(q), step, page, estimate, scratch, rule)
+        made["ballot"] = lambda: ops.ballot(*asking)
     return made, pieces
 
 

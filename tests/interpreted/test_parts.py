@@ -18,7 +18,7 @@ from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
 from hashevict_vllm.kernels.triton import ops
-from hashevict_vllm.kernels.triton.arguments import Page, Signed, Step, Tokens
+from hashevict_vllm.kernels.triton.arguments import Page, Scratch, Signed, Step, Tokens
 from hashevict_vllm.kernels.triton.bits import popcount
 from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.kernels.triton.pieces import NAMES
@@ -170,12 +170,14 @@ def test_decode_never_asks_the_host_for_a_value(scoring: str) -> None:
         projection = device(layer.projection)
         if layer.rule.signs:
             ops.sign(tokens, projection, signed, rule)
-        slots, page = device(torch.zeros(2, 1, **ints)), Page.of(pages)
+        page = Page.of(pages)
         step = Step.of(plan[1], plan[3], device(layer.block_table), 1)
         estimate = layer.estimate._replace(projection=projection)
-        ops.write(tokens, signed, step, page, estimate, slots, rule, layer.bound, True)
+        ops.write(tokens, signed, step, page, rule, layer.bound, True)
         if layer.rule.votes:
-            ops.describe(step, page, projection, slots, rule)
+            scratch = Scratch.of(rule, 2, 2, 16, torch.device("cpu"))
+            scratch = scratch._make(map(device, scratch))
+            ops.ballot(tokens, step, page, estimate, scratch, rule)
     assert live.tolist() == [36, 13]
     layer.computed = [41, 13]
     assert layer.live(0)[0][0, -1] == 40

@@ -11,6 +11,7 @@ from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.arguments import (
     Estimate,
     Page,
+    Scratch,
     Signed,
     Step,
     Tokens,
@@ -173,14 +174,26 @@ class TritonLayer:
             ops.sign(all_tokens, self.projection, signed, rule)
         page = Page.of(self.pages, *self.scales)
         step = Step.of(pieces, token_piece, self.block_table, heads)
-        layer = (all_tokens, signed, step, page, self.estimate)
-        slots = poisoned(tokens, heads)
+        layer = (all_tokens, signed, step, page)
+        scratch = Scratch.of(rule, 3, group, self.head_dim, q.device)
+        for part in scratch:
+            part.fill_(-123456789)
+        queries = torch.full((tokens, *q.shape[1:]), float("nan"), dtype=q.dtype)
+        longest = max(lens) + 1
         for index, scan in enumerate(scans):
             ops.plan(*arguments, index == 0)
-            ops.write(*layer, slots, rule, self.bound, scan)
+            asking = q
+            if scan:  # as in a decode step: queries are kept, and the model goes on
+                ops.write(*layer, rule, self.bound, True, queries=queries)
+                asking = queries
+            else:
+                ops.write(*layer, rule, self.bound, False)
             if rule.votes:
-                ops.describe(step, page, self.projection, slots, rule)
-            ops.mark(*layer, rule, self.bound)
+                if not scan or tokens > len(pieces):
+                    ops.describe(step, page, self.projection, rule)
+                ask = Tokens.asking(asking)
+                ops.ballot(ask, step, page, self.estimate, scratch, rule)
+            ops.mark(*layer, self.estimate, rule, self.bound, longest)
             ops.compact(step, page, rule, self.bound)
 
     def live(self, request: int) -> tuple[torch.Tensor, ...]:

@@ -57,7 +57,7 @@ class HostRound:
         reduced = [
             p
             for p in pieces
-            if not p.evict and (p.slot + p.count > budget or p.first_voter < p.count)
+            if p.first_voter < p.count or (not p.evict and p.slot + p.count > budget)
         ]
         return cls(pieces, reduced, rows, token_piece, query_start_loc)
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hashevict_vllm.attention.gpu.fork import Fork
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
-from hashevict_vllm.kernels.triton.arguments import Estimate, Signed
+from hashevict_vllm.kernels.triton.arguments import Estimate, Scratch, Signed
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -50,7 +51,10 @@ class DeviceConstants:
         bound: Most slots of any request.
         signatures: int32 [T, Hkv, G + 1, W], of the step; layers use it in turn.
         squares: float32 [T, Hkv, G + 1], likewise.
-        slots: int32 [T, Hkv], where a round's tokens went, likewise.
+        scratch: Of ballots, likewise.
+        queries: [R, Hq, D], those of a decode step's voters, likewise.
+        fork: Where ballots run beside attention.
+        last: The last layer of the group: what was forked is joined when it ends.
         pieces: int32 [R, columns], the plan of a decode step.
         live: int32 [R], slots that it attends to.
         done: int32 [R], see `ops.plan`.
@@ -65,7 +69,10 @@ class DeviceConstants:
     bound: int
     signatures: torch.Tensor
     squares: torch.Tensor
-    slots: torch.Tensor
+    scratch: Scratch
+    queries: torch.Tensor
+    fork: Fork
+    last: Any
     pieces: torch.Tensor
     live: torch.Tensor
     done: torch.Tensor
@@ -79,6 +86,7 @@ class DeviceConstants:
         spec: BudgetedAttentionSpec,
         vllm_config: VllmConfig,
         device: torch.device,
+        last: Any = None,
     ) -> DeviceConstants:
         """Allocate the buffers.
 
@@ -87,6 +95,7 @@ class DeviceConstants:
             spec: The group's spec.
             vllm_config: Says how many tokens and requests a step may have.
             device: Where the layer's cache lies.
+            last: The layer of the group that runs last; if not given, the same.
 
         Raises:
             KVPolicyError: For a cache that is quantised with a scale per head.
@@ -98,6 +107,11 @@ class DeviceConstants:
         tokens = scheduler.max_num_batched_tokens
         # A graph's batch may be padded, but holds no more requests than tokens.
         requests = max(scheduler.max_num_seqs, tokens)
+        # In decode, where every one has one token.
+        compilation = vllm_config.compilation_config
+        asking = max(
+            scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0
+        )
         heads, group = spec.num_kv_heads, layer.impl.num_queries_per_kv
         longest = vllm_config.model_config.max_model_len
 
@@ -121,7 +135,14 @@ class DeviceConstants:
             squares=torch.zeros(
                 (tokens, heads, group + 1), dtype=torch.float32, device=device
             ),
-            slots=ints(tokens, heads),
+            scratch=Scratch.of(rule, asking * heads, group, spec.head_size, device),
+            queries=torch.zeros(
+                (asking if rule.votes else 0, heads * group, spec.head_size),
+                dtype=vllm_config.model_config.dtype,
+                device=device,
+            ),
+            fork=Fork(device),
+            last=layer if last is None else last,
             pieces=ints(requests, ops.NUM_COLUMNS),
             live=ints(requests),
             done=ints(requests),

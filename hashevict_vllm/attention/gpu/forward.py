@@ -1,4 +1,4 @@
-"""One layer's forward on a GPU: sign, write (evicting where full), attend, reduce.
+"""One layer's forward on a GPU: write (evicting where full), attend, vote, reduce.
 
 Mixed into the inner backend's implementation, whose own ``forward`` does the attention
 over the live slots. Kernels take strides, so it does not matter which backend it is.
@@ -10,7 +10,7 @@ of its scale. `_attend` quantises instead, in the same way, for backends that wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.v1.attention.backend import AttentionLayer
 
+from hashevict_vllm.attention.gpu.launches import Launches
 from hashevict_vllm.attention.gpu.metadata import DeviceMetadata, DeviceRound
 from hashevict_vllm.attention.inner import InnerBackend
 from hashevict_vllm.attention.unshared import UnsharedCacheMixin
-from hashevict_vllm.kernels.triton import ops
-from hashevict_vllm.kernels.triton.arguments import Page, Step, Tokens
+from hashevict_vllm.kernels.triton.arguments import Page, Tokens
 from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.resolved import ResolvedKVPolicy
@@ -34,27 +34,11 @@ from hashevict_vllm.resolved import ResolvedKVPolicy
 
 @dataclass(frozen=True)
 class _Step:
-    """What all rounds of one layer's forward share.
-
-    Attributes:
-        layer: As `DeviceImplMixin.forward`.
-        tokens: The step's queries, keys and values.
-        kv_cache: As `DeviceImplMixin.forward`.
-        page: The same as kernels take it.
-        metadata: The step's plan.
-
-    """
+    """What all rounds of one layer's forward share; as `DeviceImplMixin.forward`."""
 
     layer: AttentionLayer
     tokens: Tokens
     kv_cache: torch.Tensor
-    page: Page
-    metadata: DeviceMetadata
-
-    def round(self, pieces: torch.Tensor, token_piece: torch.Tensor | None) -> Step:
-        """What one round does, as kernels take it."""
-        table, heads = self.metadata.block_table, self.page.tail.shape[1]
-        return Step.of(pieces, token_piece, table, heads)
 
 
 class DeviceImplMixin(UnsharedCacheMixin):
@@ -112,7 +96,7 @@ class DeviceImplMixin(UnsharedCacheMixin):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sign, then round by round write, attend and reduce.
+        """Round by round write, attend, vote and reduce (`launches`).
 
         Args:
             layer: The attention layer.
@@ -134,47 +118,24 @@ class DeviceImplMixin(UnsharedCacheMixin):
             return super().forward(  # type: ignore[misc]
                 layer, query, key, value, kv_cache, None, output
             )
-        tokens, constants = attn_metadata.num_actual_tokens, attn_metadata.constants
+        num, constants = attn_metadata.num_actual_tokens, attn_metadata.constants
         is_new = self._bind(layer, kv_cache)
         assert self._page is not None
-        step = _Step(
-            layer,
-            Tokens.of(query[:tokens], key[:tokens], value[:tokens]),
-            kv_cache,
-            self._page,
-            attn_metadata,
-        )
-        if constants.rule.signs:
-            signed = constants.signed(tokens)
-            ops.sign(step.tokens, constants.projection, signed, constants.rule)
+        tokens = Tokens.of(query[:num], key[:num], value[:num])
+        step = _Step(layer, tokens, kv_cache)
+        table = attn_metadata.block_table
+        launches = Launches(tokens, self._page, table, constants)
+        constants.fork.join()
+        launches.sign()
         if is_new:
-            self._load_kernels(step)
+            launches.load_kernels(attn_metadata.rounds[0])
         for part in attn_metadata.rounds:
-            self._write(step, part)
+            launches.write(part)
             self._attend(step, part, output, output_scale)
-            if part.reduced is not None:
-                self._reduce(step, part.reduced)
+            launches.finish(part)
+        if layer is constants.last:
+            constants.fork.join()  # within the CUDA graph that it is a branch of
         return output
-
-    def _write(self, step: _Step, part: DeviceRound) -> None:
-        """Write one round's tokens, evicting where the budget is full."""
-        constants, page = step.metadata.constants, step.page
-        tokens, rule = len(step.tokens.k), constants.rule
-        slots = constants.slots[:tokens]
-        args = step.round(part.pieces, part.token_piece)
-        ops.write(
-            step.tokens,
-            constants.signed(tokens),
-            args,
-            page,
-            constants.estimate,
-            slots,
-            rule,
-            constants.bound,
-            part.scans,
-        )
-        if rule.votes:
-            ops.describe(args, page, constants.projection, slots, rule)
 
     def _attend(
         self,
@@ -213,30 +174,6 @@ class DeviceImplMixin(UnsharedCacheMixin):
             output_scale,
         )
         output[rows] = result
-
-    def _reduce(self, step: _Step, pieces: torch.Tensor) -> None:
-        """Reduce the live sets of requests whose segment is over."""
-        constants, args = step.metadata.constants, step.round(pieces, None)
-        rule, bound = constants.rule, constants.bound
-        ops.mark(
-            step.tokens,
-            constants.signed(len(step.tokens.k)),
-            args,
-            step.page,
-            constants.estimate,
-            rule,
-            bound,
-        )
-        ops.compact(args, step.page, rule, bound)
-
-    def _load_kernels(self, step: _Step) -> None:
-        """Compile what only prompts need, before a request waits for it: no-ops."""
-        part = step.metadata.rounds[0]
-        nothing = torch.zeros_like(part.pieces[:1])
-        nobody = torch.full_like(part.token_piece, -1)
-        idle = replace(part, pieces=nothing, token_piece=nobody, scans=False)
-        self._write(step, idle)
-        self._reduce(step, nothing)
 
     @property
     def _fp8_dtype(self) -> torch.dtype | None:

@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from hashevict_vllm.attention.gpu.chunks import HostRound, cut_step, piece_rows
 from hashevict_vllm.attention.gpu.constants import DeviceConstants
 from hashevict_vllm.attention.inner import InnerBackend
+from hashevict_vllm.attention.plan import Piece
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
 
@@ -37,9 +38,13 @@ class DeviceRound:
         pieces: int32 [P, columns], see `hashevict_vllm.kernels.triton.pieces`.
         token_piece: int32 [T], row of ``pieces`` of every token, -1 for none.
         rows: int64 [n], rows of q, k, v that take part; None for all, in order.
-        reduced: int32 [P', columns], those pieces that vote or overflow the budget;
-            None if there are none.
-        scans: Whether any token may evict, or votes alone.
+        decodes: Whether it was planned on the device: all may evict, none is reduced.
+        copies: Whether any token takes the slot that its piece names.
+        evicting: int32 [n], tokens that evict; None for none.
+        voting: int32 [P', columns], pieces whose tokens vote as they decode, or None.
+        reduced: int32 [P', columns], pieces that overflow the budget, or whose segment
+            is voted on; None for none.
+        longest: Positions, at least of every token of ``reduced``.
         inner: Returns the inner backend's metadata for this call; to be called right
             before it.
 
@@ -48,8 +53,12 @@ class DeviceRound:
     pieces: torch.Tensor
     token_piece: torch.Tensor
     rows: torch.Tensor | None
+    decodes: bool
+    copies: bool
+    evicting: torch.Tensor | None
+    voting: torch.Tensor | None
     reduced: torch.Tensor | None
-    scans: bool
+    longest: int
     inner: Callable[[], Any]
 
 
@@ -95,9 +104,10 @@ class DeviceMetadataBuilderMixin:
     ) -> None:
         """Build the inner builder, then the buffers."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        layers = vllm_config.compilation_config.static_forward_context
+        ordered = [layers[name] for name in layers if name in set(layer_names)]
         self.constants = DeviceConstants.build(
-            layer, kv_cache_spec, vllm_config, device
+            ordered[0], kv_cache_spec, vllm_config, device, last=ordered[-1]
         )
 
     @classmethod
@@ -197,6 +207,7 @@ class DeviceMetadataBuilderMixin:
     def _plan_decode(self, common: CommonAttentionMetadata) -> DeviceRound:
         """One token of every request, planned on the device from its lengths."""
         constants, num = self.constants, common.num_reqs
+        constants.fork.join()  # the step before has read the plan that is made now
         pieces, live = constants.pieces[:num], constants.live[:num]
         token_piece = constants.token_piece[: common.num_actual_tokens]
         ops.plan(
@@ -209,11 +220,8 @@ class DeviceMetadataBuilderMixin:
             token_piece,
             constants.rule,
             True,
+            common.slot_mapping,
         )
-        # vLLM's mark of tokens that are made up, in batches where all are: they must
-        # not be written, as their rows of the block table may be a real request's.
-        made_up = common.slot_mapping[: common.num_actual_tokens] < 0
-        token_piece.masked_fill_(made_up, -1)
         upper = common.seq_lens_cpu_upper_bound
         inner = self._inner(
             common,
@@ -227,8 +235,12 @@ class DeviceMetadataBuilderMixin:
             pieces=pieces,
             token_piece=token_piece,
             rows=None,
+            decodes=True,
+            copies=False,
+            evicting=None,
+            voting=None,
             reduced=None,
-            scans=True,
+            longest=0,
             inner=_always(inner),
         )
 
@@ -244,8 +256,12 @@ class DeviceMetadataBuilderMixin:
             pieces=pieces,
             token_piece=nobody,
             rows=None,
+            decodes=False,
+            copies=False,
+            evicting=None,
+            voting=None,
             reduced=None,
-            scans=False,
+            longest=0,
             inner=_always(super().build(0, common)),  # type: ignore[misc]
         )
 
@@ -278,7 +294,10 @@ class DeviceMetadataBuilderMixin:
         self, common: CommonAttentionMetadata, cut: HostRound, alone: bool
     ) -> DeviceRound:
         """One attention call over pieces that were cut on the host."""
-        pieces, rows, reduced = cut.pieces, cut.rows, cut.reduced
+        pieces, rows = cut.pieces, cut.rows
+        voting = [p for p in cut.reduced if p.ballots and p.first_voter < p.count]
+        reduced = [p for p in cut.reduced if p not in voting]
+        evicting = [p.row for p in pieces if p.evict]
         live = [piece.live_after_write for piece in pieces]
         table = common.block_table_tensor
         if len(pieces) < common.num_reqs:
@@ -306,12 +325,18 @@ class DeviceMetadataBuilderMixin:
             pieces=self._to_device(piece_rows(pieces), torch.int32),
             token_piece=self._to_device(cut.token_piece, torch.int32),
             rows=None if whole else self._to_device(rows, torch.int64),
-            reduced=(
-                self._to_device(piece_rows(reduced), torch.int32) if reduced else None
-            ),
-            scans=any(piece.count == 1 for piece in pieces),
+            decodes=False,
+            copies=len(evicting) < len(pieces),
+            evicting=self._to_device(evicting, torch.int32) if evicting else None,
+            voting=self._table_of(voting),
+            reduced=self._table_of(reduced),
+            longest=max((p.start + p.count for p in reduced), default=0),
             inner=inner,
         )
+
+    def _table_of(self, pieces: list[Piece]) -> torch.Tensor | None:
+        """Pieces on the device; None for none."""
+        return self._to_device(piece_rows(pieces), torch.int32) if pieces else None
 
     def _plan_anew(self, build: Callable[[], Any]) -> Any:
         """Plan a round over the plan of the one before, once that has been used.

@@ -146,6 +146,18 @@ class Tokens(NamedTuple):
         launch.check_rows(q=q, k=k, v=v)
         return cls(q, k, v, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
 
+    @classmethod
+    def asking(cls, q: torch.Tensor) -> Tokens:
+        """The arguments for queries alone.
+
+        Raises:
+            ValueError: For elements of a head that are not contiguous.
+
+        """
+        launch.check_rows(q=q)
+        token, head = q.stride()[:2]
+        return cls(q, None, None, token, head, 0, 0, 0, 0)
+
 
 class Step(NamedTuple):
     """What a round does with each request, and where requests have their slots.
@@ -217,6 +229,55 @@ class Estimate(NamedTuple):
         """The arguments for a projection, and for what was calculated from a policy."""
         length, bits = projection.shape
         return cls(projection, scale, factor, decay, bits, length)
+
+
+class Scratch(NamedTuple):
+    """Memory of ballots, as much as programs run at once; the contents mean nothing.
+
+    Attributes:
+        projected: float32 [programs, b + 2, G'], queries as they meet slots.
+        frames: float64 [programs, 3, D].
+        found: int32 [programs, C], slots that are to be described.
+
+    """
+
+    projected: Any
+    frames: Any
+    found: Any
+
+    @classmethod
+    def of(
+        cls, rule: DeviceRule, jobs: int, group: int, dim: int, device: torch.device
+    ) -> Scratch:
+        """Scratch for so many pieces times KV heads; none for rules without votes."""
+        programs = min(jobs, launch.BALLOT_PROGRAMS) if rule.votes else 0
+        members = launch.padded(group)
+
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((programs, *shape), dtype=dtype, device=device)
+
+        return cls(
+            projected=empty(rule.bits + 2, members, dtype=torch.float32),
+            frames=empty(3, dim, dtype=torch.float64),
+            found=empty(rule.budget, dtype=torch.int32),
+        )
+
+
+class Asked(NamedTuple):
+    """Memory of the votes on a segment, see `hashevict_vllm.kernels.triton.segment`.
+
+    Attributes:
+        projected: float32 [P, Hkv, window, b + 2, G'], queries as they meet slots.
+        tops: float32 [P, Hkv, window, G', tiles], largest logit of a tile of slots.
+        sums: float32, likewise, sum of exp(logit - top).
+        totals: float32 [P, Hkv, window, G', 2], largest logit, and 1 / sum.
+
+    """
+
+    projected: Any
+    tops: Any
+    sums: Any
+    totals: Any
 
 
 class Head(NamedTuple):

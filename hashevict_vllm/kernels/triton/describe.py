@@ -1,7 +1,9 @@
 """What a slot keeps of its key, for rules that vote (`hashevict_vllm.policies.frame`).
 
-Keys are read where `write` has put them: those of a prompt's first chunk and its sinks
-arrive in one launch. Their frames come from `hashevict_vllm.kernels.triton.frame`.
+A prompt's keys are described once they are written (`describe_kernel`), those of tokens
+that decode by the first ballot that meets them (`hashevict_vllm.kernels.triton.votes`).
+They are read where `write` has put them: those of a prompt's first chunk and its sinks
+arrive in one launch. Frames come from `hashevict_vllm.kernels.triton.frame`.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from hashevict_vllm.kernels.triton.arguments import Head
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, load_key
 from hashevict_vllm.kernels.triton.pieces import (
     COUNT,
+    EVICT,
     NUM_COLUMNS,
     REQUEST,
     ROW,
+    SLOT,
     START,
 )
 from hashevict_vllm.kernels.triton.slots import key_rows, meta_of
@@ -78,7 +82,7 @@ def write_descriptions(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Signature and numbers of the keys in some slots; their votes become zero.
+    """Signature and numbers of the keys in some slots.
 
     Args:
         page: `Page`.
@@ -131,8 +135,6 @@ def write_descriptions(
         mask=used[:, None] & (w < sizes.hashed)[None, :],
     )
     tl.store(meta + sizes.hashed * page.word, numbers, mask=used)
-    votes = meta + (rule.words - 1) * page.word
-    tl.store(votes, tl.zeros([count], tl.int32), mask=used)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "token_programs"])
@@ -141,7 +143,6 @@ def describe_kernel(
     page,
     projection,
     frames,
-    slots,
     num_tokens,
     token_programs,
     rule: tl.constexpr,
@@ -150,17 +151,17 @@ def describe_kernel(
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One program: ``TOKENS`` slots of one KV head; its votes start at zero.
+    """One program: ``TOKENS`` slots of one KV head.
 
-    The first ``token_programs`` describe tokens that lie beyond the sinks. Then every
-    piece has as many as its sinks need, which describe them if the last one is in it.
+    Tokens that evict are left to ballots. The first ``token_programs`` describe tokens
+    that lie beyond the sinks. Then every piece has as many as its sinks need, which
+    describe them if the last one is in it.
 
     Args:
         step: `Step`.
         page: `Page`.
         projection: float32 [D, b], contiguous.
         frames: float64 [P, Hkv, 3, D], from `frame_kernel`; unread without sinks.
-        slots: int32 [T, Hkv], where `write` has put each token.
         num_tokens: T.
         token_programs: Programs of the first kind.
         rule: `DeviceRule`.
@@ -181,7 +182,8 @@ def describe_kernel(
         used = used & (i >= 0) & (i < tl.load(piece + COUNT, mask=used, other=0))
         position = i + tl.load(piece + START, mask=used, other=0)
         used = used & (position >= rule.sinks)
-        slot = tl.load(slots + row * step.heads + head, mask=used, other=0)
+        used = used & (tl.load(piece + EVICT, mask=used, other=1) == 0)
+        slot = i + tl.load(piece + SLOT, mask=used, other=0)
     else:
         tiles: tl.constexpr = max((rule.sinks + TOKENS - 1) // TOKENS, 1)
         program -= token_programs

@@ -1,7 +1,7 @@
 """Marks the losers of a segment ``~position`` (design 1.3), before it is compacted.
 
-Rules of one step replay the decode rule token by token (`replay_kernel`). Rules that
-vote pool the votes of neighbours (`pool_kernel`) and select once (`select_kernel`).
+Rules of one step replay the decode rule token by token (`replay_kernel`), unless who
+loses can be told at once: with votes, by age, by norm (`select_kernel`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,21 @@ from hashevict_vllm.kernels.triton.pieces import (
     SLOT,
     START,
 )
-from hashevict_vllm.kernels.triton.score import find_victims, position_of
+from hashevict_vllm.kernels.triton.score import (
+    NORM,
+    RECENCY,
+    VOTE,
+    find_victims,
+    position_of,
+)
 from hashevict_vllm.kernels.triton.slots import head_of, meta_of
+
+_NEVER = tl.constexpr(2**63 - 1)
+_INT32_MAX = tl.constexpr(2**31 - 1)
+_DIGIT = tl.constexpr(8)
+"""Bits of a threshold that are found at a time."""
+
+_BINS = tl.constexpr(256)
 
 
 @triton.jit
@@ -65,91 +78,26 @@ def replay_kernel(
 
 
 @triton.jit
-def pool_kernel(
-    step,
-    page,
-    smooth,
-    pooled,
-    width,
-    rule: tl.constexpr,
-    sizes: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AHEAD: tl.constexpr,
-    SMOOTHS: tl.constexpr,
-    TILE: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
-):
-    """One program: ``TILE`` slots of one piece and KV head gather their neighbours'.
-
-    A launch with ``SMOOTHS`` averages votes; the next takes the largest of averages.
-    Slots lie in no order of position, so every slot is compared with every other.
-
-    Args:
-        step: `Step`; pieces that are not compacted are left out.
-        page: `Page`.
-        smooth: float32 [P, Hkv, width], read unless ``SMOOTHS``.
-        pooled: float32 [P, Hkv, width], written for the piece's slots.
-        width: Slots per row of ``pooled``.
-        rule: `DeviceRule`; the last of a slot's words are the votes.
-        sizes: `Sizes`.
-        BEFORE: Neighbours are up to so many positions older,
-        AHEAD: and up to so many newer.
-        SMOOTHS: Whether votes of the tail are averaged, over all positions in reach,
-            or ``smooth`` is maximised.
-        TILE: Slots of a program.
-        NEIGHBOURS: Slots compared with at a time.
-
-    """
-    index, head = tl.program_id(0), tl.program_id(1)
-    piece = step.pieces + index * NUM_COLUMNS
-    end = tl.load(piece + SLOT) + tl.load(piece + COUNT)
-    first = tl.program_id(2) * TILE
-    if (tl.load(piece + COMPACT) == 0) | (first >= end):
-        return
-    at = head_of(step, page, piece, head)
-    slots = first + tl.arange(0, TILE)
-    used = slots < end
-    meta = meta_of(at, slots, used, sizes)
-    position = tl.load(meta + rule.words * page.word, mask=used, other=0)
-    gathered = tl.zeros([TILE], tl.float32)
-    row = (index * step.heads + head).to(tl.int64) * width
-    for other in range(0, end, NEIGHBOURS):
-        others = other + tl.arange(0, NEIGHBOURS)
-        there = others < end
-        near = meta_of(at, others, there, sizes)
-        if SMOOTHS:
-            kept = near + (rule.words - 1) * page.word
-            bits = tl.load(kept, mask=there, other=0)
-            votes = bits.to(tl.float32, bitcast=True)
-        else:
-            votes = tl.load(smooth + row + others, mask=there, other=0.0)
-        around = tl.load(near + rule.words * page.word, mask=there, other=0)
-        behind = position[:, None] - around[None, :]
-        close = (behind <= BEFORE) & (behind >= -AHEAD) & there[None, :]
-        votes = tl.where(close, votes[None, :], 0.0)
-        if SMOOTHS:
-            gathered += tl.sum(votes, 1)
-        else:
-            gathered = tl.maximum(gathered, tl.max(votes, 1))
-    if SMOOTHS:
-        gathered = gathered / (BEFORE + AHEAD + 1)
-    tl.store(pooled + row + slots, gathered, mask=used)
-
-
-@triton.jit
 def _selection_order(
-    at, pooled, slots, used, stop, rule: tl.constexpr, sizes: tl.constexpr
+    at, pooled, row, slots, used, stop, rule: tl.constexpr, sizes: tl.constexpr
 ):
-    """Votes and position in one int64 [n] that orders losers; protected slots last."""
+    """An int64 [n] that orders losers, protected slots last; and positions [n]."""
     meta = meta_of(at, slots, used, sizes)
-    position = tl.load(meta + rule.words * at.page.word, mask=used, other=0)
-    votes = tl.load(pooled + slots, mask=used, other=0.0)
-    order = (votes.to(tl.int32, bitcast=True).to(tl.int64) << 32) | position
+    position = tl.load(meta + rule.words * at.page.word, mask=used, other=-1)
+    order = position.to(tl.int64)
+    if rule.kind == VOTE:
+        votes = tl.load(pooled + row + slots, mask=used, other=0.0)
+        order |= votes.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    elif rule.kind == NORM:
+        square = tl.load(meta, mask=used, other=0)  # bits order as the float does
+        order |= (square ^ _INT32_MAX).to(tl.int64) << 32
+    else:
+        tl.static_assert(rule.kind == RECENCY, "must be replayed")
     free = used & (position >= rule.sinks) & (position < stop)
-    return tl.where(free, order, 0x7FFFFFFFFFFFFFFF), meta, position, votes
+    return tl.where(free, order, _NEVER), meta, position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def select_kernel(
     step,
     page,
@@ -159,51 +107,67 @@ def select_kernel(
     sizes: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program: all but ``budget`` slots of one piece and KV head are marked.
+    """One program: the losers of one piece and KV head are marked, all at once.
 
-    The fewest pooled votes lose, of equal ones the oldest; pooled votes become the
-    slots' own. The threshold is found bit by bit: it is the largest number below which
-    no more slots lie than must go, and as no two slots are equal, exactly as many do.
+    With votes, when a segment is complete: all but C slots, the fewest pooled votes
+    first. Else as many as tokens lie beyond the budget: the oldest, or the largest
+    norms. (Token by token, every step would add one candidate and take out the worst,
+    so that in the end the best of all candidates are left, as many as there were.) Of
+    equal slots the oldest lose. The threshold is found digit by digit: it is the
+    largest number below which no more slots lie than must go, and as no two slots are
+    equal, exactly as many do.
 
     Args:
-        step: `Step`; pieces that are not compacted are left out.
-        page: `Page`; votes are replaced, positions marked.
-        pooled: float32 [P, Hkv, width], from `pool_kernel`.
+        step: `Step`.
+        page: `Page`; positions are marked.
+        pooled: float32 [P, Hkv, width], from `pool_kernel`; unread without votes.
         width: Slots per row of ``pooled``.
-        rule: `DeviceRule`; positions below its sinks are protected, and so are the
-            piece's last ``recent``.
+        rule: `DeviceRule`.
         sizes: `Sizes`.
         TILE: Slots per step.
 
     """
     index, head = tl.program_id(0), tl.program_id(1)
     piece = step.pieces + index * NUM_COLUMNS
-    if tl.load(piece + COMPACT) == 0:
-        return
-    count = tl.load(piece + COUNT)
-    end = tl.load(piece + SLOT) + count
+    count, slot = tl.load(piece + COUNT), tl.load(piece + SLOT)
+    end = slot + count
+    # Tokens are protected from their own recent past; votes come after the last one.
     stop = tl.load(piece + START) + count - rule.recent
+    if rule.kind == VOTE:
+        excess = tl.where(tl.load(piece + COMPACT) != 0, end - rule.budget, 0)
+    else:
+        stop -= 1
+        excess = count - tl.maximum(rule.budget - slot, 0)
+        excess = tl.where(tl.load(piece + EVICT) == 0, excess, 0)
+    if excess <= 0:
+        return
     at = head_of(step, page, piece, head)
-    row = pooled + (index * step.heads + head).to(tl.int64) * width
-    lane = tl.arange(0, TILE)
-    excess = end - rule.budget
+    row = (index * step.heads + head).to(tl.int64) * width
+    lane, digits = tl.arange(0, TILE), tl.arange(0, _BINS)
     threshold = tl.zeros([], tl.int64)
-    for bit in range(63):
-        candidate = threshold | (tl.full([], 1, tl.int64) << (62 - bit))
-        below = 0
+    left = excess
+    for done in range(64 // _DIGIT):
+        shift = 64 - _DIGIT - _DIGIT * done
+        counts = tl.zeros([_BINS], tl.int32)
         for first in range(0, end, TILE):
             slots = first + lane
             used = slots < end
-            order, _, _, _ = _selection_order(at, row, slots, used, stop, rule, sizes)
-            below += tl.sum((order < candidate).to(tl.int32), 0)
-        threshold = tl.where(below <= excess, candidate, threshold)
+            order, _, _ = _selection_order(
+                at, pooled, row, slots, used, stop, rule, sizes
+            )
+            digit = order >> shift
+            here = used & ((digit >> _DIGIT) == threshold)
+            digit = (digit & (_BINS - 1)).to(tl.int32)
+            counts += tl.histogram(digit, _BINS, mask=here)
+        before = tl.cumsum(counts, 0) - counts
+        chosen = tl.sum((before <= left).to(tl.int32), 0) - 1
+        left -= tl.sum(tl.where(digits == chosen, before, 0), 0)
+        threshold = (threshold << _DIGIT) | chosen
     for first in range(0, end, TILE):
         slots = first + lane
         used = slots < end
-        order, meta, position, votes = _selection_order(
-            at, row, slots, used, stop, rule, sizes
+        order, meta, position = _selection_order(
+            at, pooled, row, slots, used, stop, rule, sizes
         )
-        kept = meta + (rule.words - 1) * page.word
-        tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
         loses = used & (order < threshold)
         tl.store(meta + rule.words * page.word, ~position, mask=loses)

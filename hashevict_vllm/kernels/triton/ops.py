@@ -16,21 +16,22 @@ from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.arguments import (
     Estimate,
     Page,
+    Scratch,
     Signed,
     Sizes,
     Step,
     Tokens,
 )
 from hashevict_vllm.kernels.triton.describe import describe_kernel
-from hashevict_vllm.kernels.triton.frame import frame_kernel
 from hashevict_vllm.kernels.triton.pieces import NAMES
 from hashevict_vllm.kernels.triton.plan import plan_kernel
-from hashevict_vllm.kernels.triton.reduce import compact, frames, mark, projections
+from hashevict_vllm.kernels.triton.reduce import compact, frames, mark
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.kernels.triton.sign import sign_kernel
+from hashevict_vllm.kernels.triton.votes import ballot_kernel
 from hashevict_vllm.kernels.triton.write import write_kernel
 
-__all__ = ["compact", "describe", "mark", "plan", "sign", "write"]
+__all__ = ["ballot", "compact", "describe", "mark", "plan", "sign", "write"]
 
 NUM_COLUMNS = len(NAMES)
 
@@ -45,6 +46,7 @@ def plan(
     token_piece: Tensor,
     rule: DeviceRule,
     first_round: bool,
+    slot_mapping: Tensor | None = None,
 ) -> None:
     """The next piece of every request; arguments as `plan_kernel`.
 
@@ -58,6 +60,7 @@ def plan(
         token_piece: int32 [T], T at least the tokens of the step; -1 beyond them.
         rule: What kernels are compiled for.
         first_round: Whether the step begins.
+        slot_mapping: int64 [T], vLLM's; None if no request is made up.
 
     """
     if first_round:
@@ -70,6 +73,7 @@ def plan(
         pieces,
         live,
         token_piece,
+        slot_mapping,
         rule=rule,
         FIRST_ROUND=first_round,
         TILE=launch.PLAN_TILE,
@@ -114,11 +118,11 @@ def write(
     signed: Signed,
     step: Step,
     page: Page,
-    estimate: Estimate,
-    slots: Tensor,
     rule: DeviceRule,
     bound: int,
     scans: bool,
+    rows: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> None:
     """Write tokens into their slots, evicting where full; arguments as `write_kernel`.
 
@@ -127,62 +131,48 @@ def write(
         signed: From `sign`.
         step: What the round does.
         page: Written.
-        estimate: Read by rules that vote.
-        slots: int32 [T, Hkv], written by rules that vote, for `describe`.
         rule: What kernels are compiled for.
         bound: See the module.
-        scans: Whether any piece of the round may evict or vote.
+        scans: Whether tokens may evict. If not, those that do are left alone.
+        rows: int32 [n], tokens that are written; None for all.
+        queries: [T, Hq, D], written for tokens that vote; None where nobody asks.
 
     """
-    num_tokens, num_heads, _ = tokens.k.shape
-    group = tokens.q.shape[1] // num_heads
+    num_tokens, num_heads = len(tokens.k if rows is None else rows), step.heads
     if num_tokens == 0:
         return
-    tile = launch.scan_tile(bound)
-    if rule.votes:
-        tile = launch.vote_tile(group, bound)
-    sizes = Sizes.of(rule, page, group)
     write_kernel[(num_tokens, num_heads)](
         tokens,
         signed,
         step,
         page,
-        estimate,
-        projections(rule, step, sizes.members),
-        frames(rule, step, page),
-        slots,
+        rows,
+        queries if scans else None,
         rule=rule,
-        sizes=sizes,
-        STEP=launch.SIGN_STEP,
-        TILE=tile,
+        sizes=Sizes.of(rule, page, tokens.q.shape[1] // num_heads),
+        TILE=launch.scan_tile(bound),
         SCANS=scans,
         **(launch.SCAN_OPTIONS if scans else launch.COPY_OPTIONS),
     )
 
 
-def describe(
-    step: Step, page: Page, projection: Tensor, slots: Tensor, rule: DeviceRule
-) -> None:
-    """Signatures and numbers of the keys just written, for rules that vote.
+def describe(step: Step, page: Page, projection: Tensor, rule: DeviceRule) -> None:
+    """Signatures and numbers of a prompt's keys just written, for rules that vote.
 
     Args:
         step: As `write`.
         page: As `write`.
         projection: float32 [D, b].
-        slots: int32 [T, Hkv], from `write`.
         rule: What kernels are compiled for.
 
     """
-    num_tokens, num_heads = slots.shape
+    num_tokens, num_heads = len(step.token_piece), step.heads
     if num_tokens == 0:
         return
     num_pieces = step.pieces.shape[0]
-    scratch, sizes = frames(rule, step, page), Sizes.of(rule, page, 1)
-    if rule.sinks:
-        frame_kernel[(num_pieces, num_heads)](
-            scratch, step, page, rule=rule, sizes=sizes, **launch.FRAME_OPTIONS
-        )
-    tokens = launch.describe_tokens(num_tokens)
+    sizes = Sizes.of(rule, page, 1)
+    scratch = frames(rule, step, page, sizes)
+    tokens = launch.DESCRIBE_TOKENS
     programs = triton.cdiv(num_tokens, tokens)
     of_sinks = num_pieces * triton.cdiv(rule.sinks, tokens)
     describe_kernel[(programs + of_sinks, num_heads)](
@@ -190,13 +180,54 @@ def describe(
         page,
         projection,
         scratch,
-        slots,
         num_tokens,
         programs,
         rule=rule,
         sizes=sizes,
-        COLUMNS=max(launch.padded(rule.bits), 32),
+        COLUMNS=launch.columns(rule.bits),
         TOKENS=tokens,
         STEP=launch.SIGN_STEP,
         **launch.DESCRIBE_OPTIONS,
+    )
+
+
+def ballot(
+    tokens: Tokens,
+    step: Step,
+    page: Page,
+    estimate: Estimate,
+    scratch: Scratch,
+    rule: DeviceRule,
+) -> None:
+    """Let tokens that decode vote, after `write` and before the layer's next `write`.
+
+    It touches nothing that attention reads or writes, so it may run beside it.
+
+    Args:
+        tokens: Of the step; queries are read.
+        step: What the round does.
+        page: Signatures, numbers and votes are written, keys read.
+        estimate: How attention is guessed.
+        scratch: Not used by any other launch at the time.
+        rule: What kernels are compiled for.
+
+    """
+    jobs = step.pieces.shape[0] * step.heads
+    programs = min(jobs, len(scratch.frames))
+    if programs == 0:
+        return
+    sizes = Sizes.of(rule, page, tokens.q.shape[1] // step.heads)
+    ballot_kernel[(programs,)](
+        tokens,
+        step,
+        page,
+        estimate,
+        scratch,
+        jobs,
+        rule=rule,
+        sizes=sizes,
+        COLUMNS=launch.columns(rule.bits),
+        STEP=launch.SIGN_STEP,
+        TILE=launch.vote_tile(sizes.group, rule.budget),
+        **launch.BALLOT_OPTIONS,
     )

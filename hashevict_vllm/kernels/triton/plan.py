@@ -63,6 +63,7 @@ def plan_kernel(
     pieces,
     live,
     token_piece,
+    slot_mapping,
     rule: tl.constexpr,
     FIRST_ROUND: tl.constexpr,
     TILE: tl.constexpr,
@@ -79,6 +80,9 @@ def plan_kernel(
         live: int32 [P], written: slots that the round attends to, 0 for no piece.
         token_piece: int32 [T], written in the first round; not where nothing is
             scheduled.
+        slot_mapping: int64 [T], negative for tokens that vLLM has made up: nothing is
+            done for requests that begin with one, as their row of the block table may
+            be another's; they attend to as many slots as they say. None for none.
         rule: `DeviceRule`.
         FIRST_ROUND: Whether the step begins.
         TILE: Tokens per step of filling ``token_piece``.
@@ -89,11 +93,15 @@ def plan_kernel(
     last_row = tl.load(query_start_loc + request + 1)
     end, prompt = tl.load(seq_lens + request), tl.load(prompt_lens + request)
     begin = end - (last_row - row)
+    real = row >= 0
+    if slot_mapping is not None:
+        real = tl.load(slot_mapping + row, mask=row < last_row, other=0) >= 0
     if FIRST_ROUND:
         start = begin
-        for first in range(row, last_row, TILE):
+        filled = tl.where(real, last_row, row)
+        for first in range(row, filled, TILE):
             tokens = first + tl.arange(0, TILE)
-            tl.store(token_piece + tokens, request, mask=tokens < last_row)
+            tl.store(token_piece + tokens, request, mask=tokens < filled)
     else:
         start = tl.load(done + request)
     slot = _occupied_slots(start, prompt, rule)
@@ -110,6 +118,10 @@ def plan_kernel(
     compact = reading & (stop == boundary) & (slot + count > budget) & (count > 0)
     voter = _first_voter(start, stop, prompt, rule)
     after = tl.where(count == 0, 0, tl.where(evict, slot, slot + count))
+    tl.store(live + request, after)
+    tl.store(done + request, start + count)
+    count = tl.where(real, count, 0)
+    evict, compact = evict & real, compact & real
     piece = pieces + request * NUM_COLUMNS
     tl.store(piece + REQUEST, request)
     tl.store(piece + START, start)
@@ -121,5 +133,3 @@ def plan_kernel(
     tl.store(piece + FIRST_VOTER, tl.where(count == 0, 0, voter - start))
     tl.store(piece + BALLOTS, tl.where(reading | (count == 0), 0, rule.every))
     tl.store(piece + LIVE, after)
-    tl.store(live + request, after)
-    tl.store(done + request, start + count)

@@ -6,8 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from hashevict_vllm.kernels.triton import launch
+from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.triton import launch, segment
 from hashevict_vllm.kernels.triton.arguments import (
+    Asked,
     Estimate,
     Page,
     Signed,
@@ -16,29 +18,26 @@ from hashevict_vllm.kernels.triton.arguments import (
     Tokens,
 )
 from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
-from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
-from hashevict_vllm.kernels.triton.mark import (
-    pool_kernel,
-    replay_kernel,
-    select_kernel,
-)
+from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, frame_kernel
+from hashevict_vllm.kernels.triton.mark import replay_kernel, select_kernel
+from hashevict_vllm.kernels.triton.pool import pool_kernel
 from hashevict_vllm.kernels.triton.rule import DeviceRule
-from hashevict_vllm.kernels.triton.votes import vote_kernel
 from hashevict_vllm.policies.vote import AHEAD, SMOOTH
 
-
-def projections(rule: DeviceRule, step: Step, members: int) -> Tensor:
-    """Scratch for split queries, where a rule votes: float32 [P, Hkv, b + 2, G']."""
-    num_pieces = step.pieces.shape[0] if rule.votes else 0
-    shape = (num_pieces, step.heads, rule.bits + 2, members)
-    return torch.empty(shape, dtype=torch.float32, device=step.pieces.device)
+_REPLAYED = (codes.HAMMING_TO_KEY, codes.HAMMING_TO_QUERY, codes.RANDOM)
+"""Rules whose choice depends on the token that asks."""
 
 
-def frames(rule: DeviceRule, step: Step, page: Page) -> Tensor:
-    """Scratch for frames, where a rule votes: float64 [P, Hkv, 3, D]."""
-    num_pieces = step.pieces.shape[0] if rule.votes else 0
-    shape = (num_pieces, step.heads, FRAME_VECTORS.value, page.k.shape[3])
-    return torch.empty(shape, dtype=torch.float64, device=step.pieces.device)
+def frames(rule: DeviceRule, step: Step, page: Page, sizes: Sizes) -> Tensor:
+    """The frames of a round's pieces: float64 [P, Hkv, 3, D]."""
+    num_pieces, num_heads = step.pieces.shape[0], step.heads
+    shape = (num_pieces, num_heads, FRAME_VECTORS.value, sizes.dim)
+    made = torch.empty(shape, dtype=torch.float64, device=step.pieces.device)
+    if rule.sinks or rule.window:
+        frame_kernel[(num_pieces, num_heads)](
+            made, step, page, rule=rule, sizes=sizes, **launch.FRAME_OPTIONS
+        )
+    return made
 
 
 def mark(
@@ -49,17 +48,19 @@ def mark(
     estimate: Estimate,
     rule: DeviceRule,
     bound: int,
+    longest: int,
 ) -> None:
-    """Mark the losers of every piece, by replay or by votes.
+    """Mark the losers of every piece.
 
     Args:
         tokens: As `ops.write`.
         signed: As `ops.write`.
-        step: Of the pieces that overflow the budget or vote.
+        step: Of the pieces that overflow the budget, or whose segment is voted on.
         page: As `ops.write`.
-        estimate: As `ops.write`.
+        estimate: As `ops.ballot`.
         rule: What kernels are compiled for.
         bound: See `ops`.
+        longest: Positions, at least of every token of these requests.
 
     """
     num_pieces = step.pieces.shape[0]
@@ -67,50 +68,107 @@ def mark(
         return
     grid = (num_pieces, step.heads)
     sizes = Sizes.of(rule, page, tokens.q.shape[1] // step.heads)
-    scan = {"TILE": launch.scan_tile(bound), **launch.SCAN_OPTIONS}
-    if not rule.votes:
-        replay_kernel[grid](signed, step, page, rule=rule, sizes=sizes, **scan)
+    options = {"rule": rule, "sizes": sizes, **launch.SCAN_OPTIONS}
+    if rule.kind in _REPLAYED:
+        tile = launch.scan_tile(bound)
+        replay_kernel[grid](signed, step, page, **options, TILE=tile)
         return
-    vote_kernel[grid](
+    pooled = None
+    if rule.votes:
+        _vote(tokens, step, page, estimate, rule, sizes, bound)
+        pooled = _pool(step, page, rule, sizes, bound, longest)
+    tile = launch.scan_tile(bound)
+    select_kernel[grid](step, page, pooled, bound, **options, TILE=tile)
+
+
+def _vote(
+    tokens: Tokens,
+    step: Step,
+    page: Page,
+    estimate: Estimate,
+    rule: DeviceRule,
+    sizes: Sizes,
+    bound: int,
+) -> None:
+    """Votes of a segment's last queries, see `segment`."""
+    num_pieces, heads, window = step.pieces.shape[0], step.heads, rule.window
+    tiles = triton.cdiv(bound, launch.SEGMENT_TILE)
+    queries = (num_pieces, heads, window)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(
+            (*queries, *shape), dtype=torch.float32, device=page.tail.device
+        )
+
+    asked = Asked(
+        projected=empty(rule.bits + 2, sizes.members),
+        tops=empty(sizes.members, tiles),
+        sums=empty(sizes.members, tiles),
+        totals=empty(sizes.members, 2),
+    )
+    common = {"rule": rule, "sizes": sizes}
+    tiled = {
+        **common,
+        "ROWS": max(launch.SEGMENT_ROWS, sizes.members),
+        "TILE": launch.SEGMENT_TILE,
+        **launch.SEGMENT_OPTIONS,
+    }
+    segment.ask_kernel[(window, num_pieces, heads)](
         tokens,
         step,
-        page,
         estimate,
-        projections(rule, step, sizes.members),
-        frames(rule, step, page),
-        rule=rule,
-        sizes=sizes,
+        asked,
+        frames(rule, step, page, sizes),
+        **common,
         STEP=launch.SIGN_STEP,
-        TILE=launch.vote_tile(sizes.group, bound),
-        **launch.SCAN_OPTIONS,
+        num_warps=4,
     )
-    shape = (*grid, bound)
-    pooled, smooth = (
-        torch.empty(shape, dtype=torch.float32, device=page.tail.device)
-        for _ in range(2)
+    segment.tops_kernel[(tiles, num_pieces, heads)](step, page, asked, tiles, **tiled)
+    segment.totals_kernel[(window * sizes.members, num_pieces, heads)](
+        step,
+        asked,
+        tiles,
+        **common,
+        SLOTS=launch.SEGMENT_TILE,
+        TILE=launch.TOTALS_TILE,
+        num_warps=1,
     )
+    segment.add_kernel[(tiles, num_pieces, heads)](step, page, asked, **tiled)
+
+
+def _pool(
+    step: Step, page: Page, rule: DeviceRule, sizes: Sizes, bound: int, longest: int
+) -> Tensor:
+    """Votes by slot as they decide who stays: float32 [P, Hkv, bound]."""
+    num_pieces, heads = step.pieces.shape[0], step.heads
+    float32 = {"dtype": torch.float32, "device": page.tail.device}
+    pooled = torch.empty((num_pieces, heads, bound), **float32)
+    by_position = (num_pieces, heads, longest)
+    spread, smooth = (torch.zeros(by_position, **float32) for _ in range(2))
     # Which neighbours count (policies/vote.py); without pooling a slot is its own.
-    reach = (0, 0) if rule.pool == 1 else (SMOOTH, SMOOTH)
-    stages = [(smooth if rule.pool > 1 else pooled, *reach, True)]
+    stages = [(spread, spread, 0, 0, 0)]
     if rule.pool > 1:
-        stages.append((pooled, rule.pool - AHEAD - 1, AHEAD, False))
-    for target, before, ahead, smooths in stages:
-        pool_kernel[(*grid, triton.cdiv(bound, launch.POOL_TILE))](
+        stages.append((spread, smooth, 1, SMOOTH, SMOOTH))
+        stages.append((smooth, pooled, 2, rule.pool - AHEAD - 1, AHEAD))
+    else:
+        stages.append((spread, pooled, 2, 0, 0))
+    for read, written, stage, before, ahead in stages:
+        pool_kernel[(num_pieces, heads, triton.cdiv(bound, launch.POOL_TILE))](
             step,
             page,
-            smooth,
-            target,
+            read,
+            written,
+            longest,
             bound,
             rule=rule,
             sizes=sizes,
+            STAGE=stage,
             BEFORE=before,
             AHEAD=ahead,
-            SMOOTHS=smooths,
             TILE=launch.POOL_TILE,
-            NEIGHBOURS=launch.POOL_NEIGHBOURS,
             num_warps=4,
         )
-    select_kernel[grid](step, page, pooled, bound, rule=rule, sizes=sizes, **scan)
+    return pooled
 
 
 def compact(step: Step, page: Page, rule: DeviceRule, bound: int) -> None:

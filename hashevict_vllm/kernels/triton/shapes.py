@@ -13,6 +13,7 @@ from hashevict_vllm.kernels.triton.aot import Launch, recorded_launches
 from hashevict_vllm.kernels.triton.arguments import (
     Estimate,
     Page,
+    Scratch,
     Signed,
     Step,
     Tokens,
@@ -96,22 +97,28 @@ class Shape:
         page = self._page()
         projection = torch.empty(self.head_dim, max(rule.bits, 1))
         estimate = Estimate.of(projection, 0.1, 0.125, 0.85)
-        slots = torch.zeros(count, heads).int()
         table = torch.zeros(count, -(-self.bound // self.block_size)).int()
         pieces = torch.zeros(count, ops.NUM_COLUMNS).int()
-        ints = [torch.zeros(count + 1).int() for _ in range(6)]
-        step = Step.of(pieces, ints[5], table, heads)
+        starts, lens, prompts, done, live, owner = (
+            torch.zeros(count + 1).int() for _ in range(6)
+        )
+        step = Step.of(pieces, owner, table, heads)
+        scratch = Scratch.of(rule, 16, self.group, self.head_dim, q.device)
+        made_up = torch.zeros(count + 1, dtype=torch.int64)
+        plan = (starts, lens, prompts, done, pieces, live, owner, rule, True)
         with recorded_launches() as launches:
-            starts, lens, prompts, done, live, owner = ints
-            ops.plan(starts, lens, prompts, done, pieces, live, owner, rule, True)
+            ops.plan(*plan, made_up)
             if rule.signs:
                 ops.sign(tokens, projection, signed, rule)
-            layer = (tokens, signed, step, page, estimate)
-            for scans in (True, False):
-                ops.write(*layer, slots, rule, self.bound, scans)
+            layer = (tokens, signed, step, page)
+            queries = torch.empty_like(q) if rule.votes else None
+            ops.write(*layer, rule, self.bound, True, queries=queries)
             if rule.votes:
-                ops.describe(step, page, projection, slots, rule)
-            ops.mark(*layer, rule, self.bound)
+                ops.ballot(tokens, step, page, estimate, scratch, rule)
+            ops.write(*layer, rule, self.bound, False)
+            if rule.votes:
+                ops.describe(step, page, projection, rule)
+            ops.mark(*layer, estimate, rule, self.bound, 4 * self.bound)
             ops.compact(step, page, rule, self.bound)
         return launches
 

@@ -1,8 +1,9 @@
-"""Votes of queries on slots (`hashevict_vllm.policies.vote`).
+"""Ballots of tokens that decode (`hashevict_vllm.policies.vote`).
 
 A slot's words are its signature, packed numbers (`hashevict_vllm.policies.frame`) and
 its votes, which are float32. How an attention logit is guessed from them is
-`estimated_logits`.
+`estimated_logits`. A ballot touches the tail of the layer's pages and its own scratch,
+and reads keys; attention reads keys and values. So both may run at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.triton.describe import write_descriptions
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, write_frame
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
@@ -23,6 +25,11 @@ from hashevict_vllm.kernels.triton.pieces import (
 )
 from hashevict_vllm.kernels.triton.queries import project_queries
 from hashevict_vllm.kernels.triton.slots import head_of, meta_of
+from hashevict_vllm.policies.frame import UNDESCRIBED
+
+_UNDESCRIBED = tl.constexpr(UNDESCRIBED)
+_AT_ONCE = tl.constexpr(16)
+"""Slots described at a time."""
 
 
 @triton.jit
@@ -73,146 +80,204 @@ def estimated_logits(
 
 
 @triton.jit
-def cast_votes(
+def _describe_new(
     at,
     live,
-    q,
-    q_head,
+    found,
     frame,
-    projected,
-    estimate,
-    decodes,
-    oldest_new,
+    projection,
     rule: tl.constexpr,
     sizes: tl.constexpr,
+    COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The first ``live`` slots gain the most attention that a query of the group pays.
-
-    In decode votes fade first, and slots that came since the last ballot start from the
-    mean of the others. Two passes: largest logit and sum of every query, and the mean;
-    then the votes. Ends with a barrier, so that the program may read what it wrote.
+    """Describe those of the first ``live`` slots that are not. Ends with a barrier.
 
     Args:
         at: `Head`.
-        live: int32, slots that stand before the voting token, at least one.
-        q: Pointer to the token's first query of the group.
-        q_head: Elements between heads of q.
+        live: int32.
+        found: int32 pointer [C], scratch of this program.
         frame: float64 pointer [3, D], from `write_frame`.
-        projected: float32 pointer [b + 2, G'], scratch of this program.
+        projection: float32 [D, b], contiguous.
+        rule: `DeviceRule`.
+        sizes: `Sizes`.
+        COLUMNS: See `write_descriptions`.
+        STEP: See `write_descriptions`.
+        TILE: Slots per step of the search.
+
+    """
+    lane = tl.arange(0, TILE)
+    count = 0
+    for first in range(0, live, TILE):
+        slots = first + lane
+        used = slots < live
+        meta = meta_of(at, slots, used, sizes)
+        word = tl.load(meta + (rule.words - 2) * at.page.word, mask=used, other=0)
+        new = used & (word == _UNDESCRIBED)
+        one = new.to(tl.int32)
+        rank = count + tl.cumsum(one, 0) - 1
+        tl.store(found + rank, slots, mask=new)
+        count += tl.sum(one, 0)
+    tl.debug_barrier()
+    index = tl.arange(0, _AT_ONCE)
+    for first in range(0, count, _AT_ONCE):
+        used = first + index < count
+        slot = tl.load(found + first + index, mask=used, other=0)
+        nothing = tl.zeros([_AT_ONCE], tl.int32)
+        write_descriptions(
+            at.page,
+            at.table + nothing,
+            at.index,
+            slot,
+            used,
+            frame + nothing,
+            projection,
+            rule,
+            sizes,
+            COLUMNS,
+            STEP,
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
+def _cast_votes(
+    at,
+    live,
+    own,
+    projected,
+    estimate,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Votes fade, and grow by the most attention that a query of the group pays.
+
+    Two passes over the slots: largest logit and sum of every query; then the votes.
+    Ends with a barrier, so that the program may read what it wrote.
+
+    Args:
+        at: `Head`; all its first ``live`` slots are described.
+        live: int32.
+        own: int32, the voter's position; its slot is not voted on.
+        projected: float32 pointer [b + 2, G'], from `project_queries`.
         estimate: `Estimate`.
-        decodes: Whether the token decodes, so that votes fade.
-        oldest_new: First position since the last ballot.
         rule: `DeviceRule`; the last of a slot's words are the votes.
         sizes: `Sizes`.
-        STEP: Elements of D per step of the projection.
         TILE: Slots per step.
 
     """
     members: tl.constexpr = sizes.members
     lane, member = tl.arange(0, TILE), tl.arange(0, members)
-    project_queries(q, q_head, frame, projected, estimate, rule, sizes, STEP)
-    bits, decay, word = estimate.bits, estimate.decay, at.page.word
+    bits, word = estimate.bits, at.page.word
     top = tl.full([members], float("-inf"), tl.float32)
     total = tl.zeros([members], tl.float32)
-    faded = tl.zeros([TILE], tl.float32)
-    others = tl.zeros([TILE], tl.float32)
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
         meta = meta_of(at, slots, used, sizes)
+        position = tl.load(meta + rule.words * word, mask=used, other=0)
+        asked = used & (position != own)
         logits = estimated_logits(
             meta, used, projected, member, bits, word, rule, sizes
         )
-        logits = tl.where(used[None, :], logits, float("-inf"))
+        logits = tl.where(asked[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
-        here = tl.sum(tl.exp(logits - higher[:, None]), 1)
-        total = total * tl.exp(top - higher) + here
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # own alone in a tile
+        here = tl.sum(tl.exp(logits - base[:, None]), 1)
+        total = total * tl.exp(top - base) + here
         top = higher
-        kept = meta + (rule.words - 1) * word
-        votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-        position = tl.load(meta + rule.words * word, mask=used, other=0)
-        old = used & (position < oldest_new)
-        faded += tl.where(old, votes * decay, 0.0)
-        others += old.to(tl.float32)
-    mean = tl.sum(faded, 0) / tl.maximum(tl.sum(others, 0), 1.0)
     share = tl.where(member < sizes.group, 1.0 / total, 0.0)
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
         meta = meta_of(at, slots, used, sizes)
+        position = tl.load(meta + rule.words * word, mask=used, other=0)
         logits = estimated_logits(
             meta, used, projected, member, bits, word, rule, sizes
         )
         attention = tl.exp(logits - top[:, None]) * share[:, None]
         kept = meta + (rule.words - 1) * word
         votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-        position = tl.load(meta + rule.words * word, mask=used, other=0)
-        fade = tl.where(position < oldest_new, votes * decay, mean)
-        votes = tl.where(decodes, fade, votes) + tl.max(attention, 0)
-        tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
+        votes = votes * estimate.decay + tl.max(attention, 0)
+        asked = used & (position != own)
+        tl.store(kept, votes.to(tl.int32, bitcast=True), mask=asked)
     tl.debug_barrier()
 
 
-@triton.jit
-def vote_kernel(
+@triton.jit(do_not_specialize=["jobs"])
+def ballot_kernel(
     tokens,
     step,
     page,
     estimate,
-    projected,
-    frames,
+    scratch,
+    jobs,
     rule: tl.constexpr,
     sizes: tl.constexpr,
+    COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program: the voters of one piece on one KV head, one after the other.
+    """One program: pieces and KV heads in turn; the voters of one, in order.
 
-    A piece of a single token has voted while it was written (`write`).
+    Comes after the round's tokens are written, and before the layer's next are.
 
     Args:
-        tokens: `Tokens`.
-        step: `Step`.
-        page: `Page`; votes are updated, the sinks' keys read.
+        tokens: `Tokens`; queries are read.
+        step: `Step`; pieces that read a prompt or hold no voter are left out.
+        page: `Page`; signatures, numbers and votes are written, keys read.
         estimate: `Estimate`.
-        projected: float32 [P, Hkv, b + 2, G'], scratch.
-        frames: float64 [P, Hkv, 3, D], scratch.
-        rule: `DeviceRule`; nobody votes before the sinks are there.
+        scratch: `Scratch`.
+        jobs: Pieces times KV heads.
+        rule: `DeviceRule`; nobody votes before its sinks are there.
         sizes: `Sizes`.
-        STEP: See `cast_votes`.
-        TILE: See `cast_votes`.
+        COLUMNS: See `write_descriptions`.
+        STEP: Elements of D per step of products.
+        TILE: Slots per step.
 
     """
-    index, head = tl.program_id(0), tl.program_id(1)
-    piece = step.pieces + index * NUM_COLUMNS
-    count = tl.load(piece + COUNT)
-    if (count < 2) | (tl.load(piece + EVICT) != 0):
-        return
-    row, slot = tl.load(piece + ROW), tl.load(piece + SLOT)
-    start, ballots = tl.load(piece + START), tl.load(piece + BALLOTS)
-    first_voter = tl.load(piece + FIRST_VOTER)
-    if first_voter >= count:
-        return
-    at = head_of(step, page, piece, head)
-    scratch = index * step.heads + head
-    frame = frames + scratch * (FRAME_VECTORS * sizes.dim)
-    write_frame(frame, at, rule, sizes)
-    for i in range(first_voter, count, tl.maximum(ballots, 1)):
-        token = (row + i).to(tl.int64)
-        cast_votes(
-            at,
-            slot + i,
-            tokens.q + token * tokens.q_token + head * sizes.group * tokens.q_head,
-            tokens.q_head,
-            frame,
-            projected + scratch * ((rule.bits + 2) * sizes.members),
-            estimate,
-            ballots > 0,
-            start + i - rule.every,
-            rule,
-            sizes,
-            STEP,
-            TILE,
-        )
+    program = tl.program_id(0).to(tl.int64)
+    projected = scratch.projected + program * ((rule.bits + 2) * sizes.members)
+    frame = scratch.frames + program * (FRAME_VECTORS * sizes.dim)
+    found = scratch.found + program * rule.budget
+    for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
+        piece = step.pieces + job // step.heads * NUM_COLUMNS
+        head = job % step.heads
+        count, ballots = tl.load(piece + COUNT), tl.load(piece + BALLOTS)
+        first_voter = tl.load(piece + FIRST_VOTER)
+        if (ballots > 0) & (first_voter < count):
+            evicts = tl.load(piece + EVICT) != 0
+            row, slot = tl.load(piece + ROW), tl.load(piece + SLOT)
+            start = tl.load(piece + START)
+            at = head_of(step, page, piece, head)
+            write_frame(frame, at, rule, sizes)
+            live = tl.where(evicts, slot, slot + count)
+            _describe_new(
+                at,
+                live,
+                found,
+                frame,
+                estimate.projection,
+                rule,
+                sizes,
+                COLUMNS,
+                STEP,
+                TILE,
+            )
+            for i in range(first_voter, count, ballots):
+                token = (row + i).to(tl.int64)
+                group = token * tokens.q_token + head * sizes.group * tokens.q_head
+                project_queries(
+                    tokens.q + group,
+                    tokens.q_head,
+                    frame,
+                    projected,
+                    estimate,
+                    rule,
+                    sizes,
+                    STEP,
+                )
+                live = tl.where(evicts, slot, slot + i)
+                _cast_votes(at, live, start + i, projected, estimate, rule, sizes, TILE)

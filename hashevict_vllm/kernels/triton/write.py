@@ -1,13 +1,11 @@
-"""Evict and write: one launch per layer and round (design 1.2)."""
+"""Evict and write: the one launch of a layer that attention waits for (design 1.2)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, write_frame
 from hashevict_vllm.kernels.triton.pieces import (
-    BALLOTS,
     COUNT,
     EVICT,
     FIRST_VOTER,
@@ -18,7 +16,9 @@ from hashevict_vllm.kernels.triton.pieces import (
 )
 from hashevict_vllm.kernels.triton.score import NORM, VOTE, find_victims
 from hashevict_vllm.kernels.triton.slots import head_of, meta_of
-from hashevict_vllm.kernels.triton.votes import cast_votes
+from hashevict_vllm.policies.frame import UNDESCRIBED
+
+_UNDESCRIBED = tl.constexpr(UNDESCRIBED)
 
 
 @triton.jit
@@ -34,14 +34,37 @@ def _write_element_row(source, target, scale, sizes: tl.constexpr):
 
 @triton.jit
 def _write_words(
-    meta, word, signature, square, rule: tl.constexpr, sizes: tl.constexpr
+    meta, word, signed, token_head, rule: tl.constexpr, sizes: tl.constexpr
 ):
-    """What a slot keeps of its key (`EvictionRule.words`)."""
-    hashed: tl.constexpr = sizes.hashed
-    for w in tl.static_range(hashed):
-        tl.store(meta + w * word, tl.load(signature + w))
-    if rule.kind == NORM:
-        tl.store(meta, tl.load(square).to(tl.int32, bitcast=True))
+    """What a slot keeps of its key (`EvictionRule.words`), as far as it is known.
+
+    With votes a ballot describes the key; nobody has voted on it.
+    """
+    if rule.kind == VOTE:
+        tl.store(meta + (rule.words - 2) * word, _UNDESCRIBED)
+        tl.store(meta + (rule.words - 1) * word, 0)
+    else:
+        hashed: tl.constexpr = sizes.hashed
+        row = token_head * (sizes.group + 1) + sizes.group
+        for w in tl.static_range(hashed):
+            signature = tl.load(signed.signatures + row * hashed + w)
+            tl.store(meta + w * word, signature)
+        if rule.kind == NORM:
+            square = tl.load(signed.squares + row)
+            tl.store(meta, square.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _keep_queries(tokens, token, head, queries, num_heads, sizes: tl.constexpr):
+    """Copy a voter's queries, which a ballot reads when the model may have gone on."""
+    members: tl.constexpr = sizes.members
+    padded: tl.constexpr = sizes.dim_padded
+    g, d = tl.arange(0, members)[:, None], tl.arange(0, padded)[None, :]
+    inside = (g < sizes.group) & (d < sizes.dim)
+    source = tokens.q + token * tokens.q_token + head * sizes.group * tokens.q_head
+    x = tl.load(source + g * tokens.q_head + d, mask=inside, other=0.0)
+    target = queries + (token * num_heads + head) * (sizes.group * sizes.dim)
+    tl.store(target + g * sizes.dim + d, x, mask=inside)
 
 
 @triton.jit
@@ -50,82 +73,65 @@ def write_kernel(
     signed,
     step,
     page,
-    estimate,
-    projected,
-    frames,
-    slots,
+    rows,
+    queries,
     rule: tl.constexpr,
     sizes: tl.constexpr,
-    STEP: tl.constexpr,
     TILE: tl.constexpr,
     SCANS: tl.constexpr,
 ):
     """One program: one token on one KV head.
 
-    A token of an evicting piece votes (if its rule votes), finds its victim and takes
-    its slot; others take the slot that the piece names. Tokens of one request depend on
-    each other's slots only where a piece evicts, and such a piece is one token long.
+    A token of an evicting piece finds its victim and takes its slot; others take the
+    slot that the piece names. Tokens of one request depend on each other's slots only
+    where a piece evicts, and such a piece is one token long.
 
     Args:
         tokens: `Tokens`.
         signed: `Signed`; unread by rules that keep neither signature nor norm.
         step: `Step`.
-        page: `Page`.
-        estimate: `Estimate`, read by rules that vote.
-        projected: float32 [P, Hkv, b + 2, G'], their scratch.
-        frames: float64 [P, Hkv, 3, D], likewise.
-        slots: int32 [T, Hkv], written by rules that vote: where each token went.
+        page: `Page`, written.
+        rows: int32 [n], tokens that are written, one per program; None for all.
+        queries: [T, Hq, D], written for tokens that vote; None where nobody asks.
         rule: `DeviceRule`.
         sizes: `Sizes`.
-        STEP: See `cast_votes`.
         TILE: Slots per step of the scan.
-        SCANS: Whether any piece may evict or vote; False leaves the scan out.
+        SCANS: Whether tokens may evict. If not, those that do are left alone: they
+            have a launch of their own.
 
     """
     token = tl.program_id(0).to(tl.int64)
+    if rows is not None:
+        token = tl.load(rows + token).to(tl.int64)
     head = tl.program_id(1)
     owner = tl.load(step.token_piece + token)
     if owner < 0:
         return
     piece = step.pieces + owner * NUM_COLUMNS
     i = token.to(tl.int32) - tl.load(piece + ROW)
-    count = tl.load(piece + COUNT)
-    if (i < 0) | (i >= count):
+    if (i < 0) | (i >= tl.load(piece + COUNT)):
         return  # belongs to another round
+    evicts = tl.load(piece + EVICT) != 0
     at = head_of(step, page, piece, head)
     slot = tl.load(piece + SLOT) + i
     position = tl.load(piece + START) + i
-    first = (token * step.heads + head) * (sizes.group + 1)
-    sources = signed.signatures + first * sizes.hashed
+    token_head = token * step.heads + head
     if SCANS:
-        if rule.kind == VOTE:
-            scratch = owner * step.heads + head
-            if (count == 1) & (tl.load(piece + FIRST_VOTER) == 0):
-                frame = frames + scratch * (FRAME_VECTORS * sizes.dim)
-                write_frame(frame, at, rule, sizes)
-                q_row = token * tokens.q_token + head * sizes.group * tokens.q_head
-                cast_votes(
-                    at,
-                    slot,
-                    tokens.q + q_row,
-                    tokens.q_head,
-                    frame,
-                    projected + scratch * ((rule.bits + 2) * sizes.members),
-                    estimate,
-                    tl.load(piece + BALLOTS) > 0,
-                    position - rule.every,
-                    rule,
-                    sizes,
-                    STEP,
-                    TILE,
-                )
-        if tl.load(piece + EVICT) != 0:
+        if queries is not None:  # noqa: SIM102 (a constant, unlike the next)
+            if tl.load(piece + FIRST_VOTER) == 0:
+                _keep_queries(tokens, token, head, queries, step.heads, sizes)
+        if evicts:
+            first = token_head * (sizes.group + 1)
+            sources = signed.signatures + first * sizes.hashed
             best, best_slot = find_victims(
                 at, slot, sources, position, rule, sizes, TILE
             )
             slot = tl.max(tl.where(best == tl.max(best, 0), best_slot, -1), 0)
-        # What the scan read and wrote may be in the victim's slot.
+        # What the scan read may be in the victim's slot.
         tl.debug_barrier()
+    else:
+        if evicts:
+            return
     block = tl.load(at.table + slot // sizes.block).to(tl.int64)
     offset = slot % sizes.block
     k_target = block * page.k_block + head * page.k_head + offset * page.k_slot
@@ -136,9 +142,4 @@ def write_kernel(
     _write_element_row(v_source, page.v + v_target, page.v_scale, sizes)
     meta = meta_of(at, slot, slot >= 0, sizes)
     tl.store(meta + rule.words * page.word, position)
-    if rule.kind == VOTE:
-        tl.store(slots + token * step.heads + head, slot)  # `describe` goes on there
-    else:
-        signature = sources + sizes.group * sizes.hashed
-        square = signed.squares + first + sizes.group
-        _write_words(meta, page.word, signature, square, rule, sizes)
+    _write_words(meta, page.word, signed, token_head, rule, sizes)
