@@ -32,6 +32,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
@@ -151,6 +152,30 @@ def test_the_backend_that_vllm_chose_is_wrapped(name: str, cuda: Any) -> None:
     )
     spec = spec_of(2, torch.bfloat16)
     assert isinstance(wrapped.customize_spec(spec), BudgetedAttentionSpec)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "served"),
+    [([16, 32, 64], False), ([MultipleOf(16)], True), ([128], True)],
+)
+def test_blocks_that_a_backend_would_split_are_refused(
+    sizes: list[Any], served: bool, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # FLASHINFER's sizes, but for GPUs that take pages of 128 tokens.
+    inner = AttentionBackendEnum.TRITON_ATTN.get_class()
+    monkeypatch.setattr(
+        inner, "get_supported_kernel_block_sizes", staticmethod(lambda: sizes)
+    )
+    wrapped = wrap_backend(inner, POLICY)
+    spec = FullAttentionSpec(
+        block_size=128, num_kv_heads=2, head_size=32, dtype=torch.bfloat16
+    )
+    if served:
+        assert isinstance(wrapped.customize_spec(spec), BudgetedAttentionSpec)
+        return
+    expected = r"^--block-size: TRITON_ATTN reads blocks of 16 or 32 or 64 tokens, "
+    with pytest.raises(KVPolicyError, match=expected):
+        wrapped.customize_spec(spec)
 
 
 def test_pages_are_laid_out_so_that_a_tail_fits(cuda: Any) -> None:

@@ -98,6 +98,32 @@ def test_the_device_plans_what_the_host_plans(
         assert token_piece.tolist() == owners + [-1] * padding
 
 
+@pytest.mark.parametrize("made_up", [[0], [1], [0, 1]])
+def test_requests_that_vllm_makes_up_are_attended_and_left_alone(
+    made_up: list[int],
+) -> None:
+    policy = resolve(
+        {"scoring": "vote", "budget": 64, "sinks": 1, "recent": 8, "segment": 16}, 16
+    )
+    table = torch.full((2, ops.NUM_COLUMNS), POISON, dtype=torch.int32)
+    owner, live, done = (torch.full((2,), POISON, dtype=torch.int32) for _ in range(3))
+    slot_mapping = torch.tensor([3, 5])
+    slot_mapping[made_up] = -1
+    ints = {"dtype": torch.int32}
+    lens = [1, 81]  # one writes the only sink; the other evicts and votes
+    starts, prompts = torch.tensor([0, 1, 2], **ints), torch.zeros(2, **ints)
+    arguments = (starts, torch.tensor(lens, **ints), prompts, done, table, live, owner)
+    ops.plan(*arguments, device_rule(policy), True, slot_mapping)
+    real = [i for i in range(2) if i not in made_up]
+    assert owner.tolist() == [i if i in real else -1 for i in range(2)]
+    assert live.tolist() == [1, 64]
+    counts, evict = (
+        table[:, NAMES.index(name)].tolist() for name in ("count", "evict")
+    )
+    assert counts == [int(i in real) for i in range(2)]
+    assert evict == [0, int(1 in real)]
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_signatures_and_squares_equal_the_oracle(

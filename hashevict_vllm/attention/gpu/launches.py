@@ -9,7 +9,7 @@ import torch
 
 from hashevict_vllm.attention.gpu.constants import DeviceConstants
 from hashevict_vllm.attention.gpu.metadata import DeviceRound
-from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton import launch, ops
 from hashevict_vllm.kernels.triton.arguments import Page, Step, Tokens
 
 
@@ -78,6 +78,12 @@ class Launches:
 
         """
         c, votes = self.constants, self.constants.rule.votes
+        self._load_plan()
+        if c.rule.signs:
+            signed = c.signed(len(self.tokens.k))
+            group = self.tokens.q.shape[1] // self.tokens.k.shape[1]
+            for at_once in launch.sign_variants(group):
+                ops.sign(self.tokens, c.projection, signed, c.rule, at_once)
         # Copies keep the alignment of what they stand for.
         nothing = torch.zeros_like(part.pieces)
         nobody = torch.full_like(c.token_piece, -1)
@@ -94,11 +100,19 @@ class Launches:
         )
         self.write(host)
         self.finish(host)
-        decode = dataclasses.replace(host, decodes=True, voting=None, reduced=None)
-        self.write(decode)
-        c.fork.join()
-        if votes:
-            self._write(decode, True)  # of a batch too long for `_kept_queries`
+        self._write(host, True)
+        if votes:  # of a batch that is not too long for `_kept_queries`
+            self._write(host, True, queries=c.queries)
+            self._ballot(c.queries, self._step(nothing[:1], None))
+
+    def _load_plan(self) -> None:
+        """Plan nothing, into buffers of its own: the step at hand has a plan."""
+        c, zeros = self.constants, torch.zeros_like
+        none, buffers = c.no_prompt[:1], (c.done[:1], c.pieces[:1], c.live[:1])
+        made_up = torch.zeros(1, dtype=torch.int64, device=none.device)
+        done, pieces, live = map(zeros, buffers)
+        plan = (c.no_prompt[:2], none, none, done, pieces, live, zeros(c.token_piece))
+        ops.plan(*plan, c.rule, True, made_up)
 
     def _step(self, pieces: torch.Tensor, token_piece: torch.Tensor | None) -> Step:
         return Step.of(pieces, token_piece, self.table, self.page.tail.shape[1])

@@ -112,6 +112,14 @@ class _Driver:
         return 0
 
 
+def variant(launch: Launch) -> str:
+    """What Triton compiles a kernel anew for: types, constants, alignments, options."""
+    with mock.patch.object(triton.runtime.driver, "_active", _Driver(90)):
+        *_, binder = launch.kernel.device_caches[90]
+        _, special, options = binder(**launch.arguments, **launch.options)
+    return f"{launch.name}: {special}, {options}"
+
+
 def compile_launch(launch: Launch, architecture: int) -> Resources:
     """Compile one launch to machine code.
 

@@ -76,8 +76,13 @@ def move_rows(head_dim: int) -> int:
 
 def sign_tokens(num_tokens: int, group: int) -> int:
     """Tokens signed by one program: one where programs are few, as in decode."""
-    most = max(64 // padded(group + 1), 1)
-    return most if num_tokens >= 16 * most else 1
+    one, most = sign_variants(group)
+    return most if num_tokens >= 16 * most else one
+
+
+def sign_variants(group: int) -> tuple[int, int]:
+    """What `sign_tokens` chooses from."""
+    return 1, max(64 // padded(group + 1), 1)
 
 
 def columns(bits: int) -> int:

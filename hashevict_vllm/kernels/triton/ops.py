@@ -81,7 +81,13 @@ def plan(
     )
 
 
-def sign(tokens: Tokens, projection: Tensor, signed: Signed, rule: DeviceRule) -> None:
+def sign(
+    tokens: Tokens,
+    projection: Tensor,
+    signed: Signed,
+    rule: DeviceRule,
+    at_once: int | None = None,
+) -> None:
     """Signatures and squared norms of queries and keys.
 
     Args:
@@ -89,13 +95,16 @@ def sign(tokens: Tokens, projection: Tensor, signed: Signed, rule: DeviceRule) -
         projection: float32 [D, b].
         signed: Written.
         rule: What kernels are compiled for.
+        at_once: Tokens of a program, a power of two; by default one of
+            `launch.sign_tokens`.
 
     """
     num_tokens, num_heads, head_dim = tokens.k.shape
     group = tokens.q.shape[1] // num_heads
     if num_tokens == 0:
         return
-    at_once = launch.sign_tokens(num_tokens, group)
+    if at_once is None:
+        at_once = launch.sign_tokens(num_tokens, group)
     sign_kernel[(triton.cdiv(num_tokens, at_once), num_heads)](
         tokens,
         projection,
