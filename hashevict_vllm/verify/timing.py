@@ -107,7 +107,7 @@ def launches(
     page = Page.of(pages)
     step = Step.of(pieces, owner, table, heads)
     estimate = Estimate.of(projection, 0.125, 0.02, 0.85)
-    layer = (Tokens.of(q, k, k), signed, step, page)
+    layer = (Tokens.of(q, k, k), signed, step._replace(token_piece=None), page)
     scratch = Scratch.of(rule, tokens * heads, shape.group, dim, q.device)
     queries = torch.empty_like(q) if rule.votes else None
     made: dict[str, Callable[[], object]] = {
@@ -115,8 +115,7 @@ def launches(
     }
     if rule.signs:
         made["sign"] = lambda: ops.sign(layer[0], projection, signed, rule)
-    bound = shape.budget
-    made["write"] = lambda: ops.write(*layer, rule, bound, True, queries=queries)
+    made["write"] = lambda: ops.write(*layer, rule, True, queries=queries)
     if rule.votes:
         asking = (Tokens.asking(q), step, page, estimate, scratch, rule)
         made["ballot"] = lambda: ops.ballot(*asking)

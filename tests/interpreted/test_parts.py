@@ -199,7 +199,7 @@ def test_decode_never_asks_the_host_for_a_value(scoring: str) -> None:
         page = Page.of(pages)
         step = Step.of(plan[1], plan[3], device(layer.block_table), 1)
         estimate = layer.estimate._replace(projection=projection)
-        ops.write(tokens, signed, step, page, rule, layer.bound, True)
+        ops.write(tokens, signed, step, page, rule, True)
         if layer.rule.votes:
             scratch = Scratch.of(rule, 2, 2, 16, torch.device("cpu"))
             scratch = scratch._make(map(device, scratch))

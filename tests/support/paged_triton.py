@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
@@ -180,14 +182,17 @@ class TritonLayer:
             part.fill_(-123456789)
         queries = torch.full((tokens, *q.shape[1:]), float("nan"), dtype=q.dtype)
         longest = max(lens) + 1
+        decodes = all(end - start <= 1 for start, end in pairwise(starts))
         for index, scan in enumerate(scans):
             ops.plan(*arguments, index == 0)
             asking = q
             if scan:  # as in a decode step: queries are kept, and the model goes on
-                ops.write(*layer, rule, self.bound, True, queries=queries)
+                alone = step._replace(token_piece=None if decodes else token_piece)
+                decode = (all_tokens, signed, alone, page)
+                ops.write(*decode, rule, True, queries=queries)
                 asking = queries
             else:
-                ops.write(*layer, rule, self.bound, False)
+                ops.write(*layer, rule, False)
             if rule.votes:
                 if not scan or tokens > len(pieces):
                     ops.describe(step, page, self.projection, rule)

@@ -44,7 +44,8 @@ class Launches:
         """
         if part.decodes:
             queries = self._kept_queries() if self.constants.rule.votes else None
-            self._write(part, True, queries=queries)
+            alone = dataclasses.replace(part, token_piece=None)
+            self._write(alone, True, None, queries)
             if queries is not None:
                 step = self._step(part.pieces, None)
                 self.constants.fork.start(lambda: self._ballot(queries, step))
@@ -100,9 +101,10 @@ class Launches:
         )
         self.write(host)
         self.finish(host)
-        self._write(host, True)
+        alone = dataclasses.replace(host, token_piece=None)
+        self._write(alone, True)
         if votes:  # of a batch that is not too long for `_kept_queries`
-            self._write(host, True, queries=c.queries)
+            self._write(alone, True, None, c.queries)
             self._ballot(c.queries, self._step(nothing[:1], None))
 
     def _load_plan(self) -> None:
@@ -126,7 +128,7 @@ class Launches:
     ) -> None:
         c, step = self.constants, self._step(part.pieces, part.token_piece)
         layer = (self.tokens, c.signed(len(self.tokens.k)), step, self.page)
-        ops.write(*layer, c.rule, c.bound, scans, rows, queries)
+        ops.write(*layer, c.rule, scans, rows, queries)
 
     def _kept_queries(self) -> torch.Tensor | None:
         """Room for the queries of voters; None for batches too long for it.

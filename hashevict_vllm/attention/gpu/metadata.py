@@ -36,7 +36,8 @@ class DeviceRound:
 
     Attributes:
         pieces: int32 [P, columns], see `hashevict_vllm.kernels.triton.pieces`.
-        token_piece: int32 [T], row of ``pieces`` of every token, -1 for none.
+        token_piece: int32 [T], row of ``pieces`` of every token, -1 for none; None
+            where every piece has one token.
         rows: int64 [n], rows of q, k, v that take part; None for all, in order.
         decodes: Whether it was planned on the device: all may evict, none is reduced.
         copies: Whether any token takes the slot that its piece names.
@@ -51,7 +52,7 @@ class DeviceRound:
     """
 
     pieces: torch.Tensor
-    token_piece: torch.Tensor
+    token_piece: torch.Tensor | None
     rows: torch.Tensor | None
     decodes: bool
     copies: bool

@@ -69,6 +69,7 @@ class Resources:
         shared: Bytes of a program in shared memory, as launched.
         threads: Of a program.
         ptx: The assembly before the last step.
+        cubin: The machine code.
 
     """
 
@@ -78,6 +79,7 @@ class Resources:
     shared: int
     threads: int
     ptx: str
+    cubin: bytes
 
 
 @contextmanager
@@ -152,4 +154,5 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
         shared=compiled.metadata.shared,
         threads=compiled.metadata.num_warps * _WARP,
         ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
     )

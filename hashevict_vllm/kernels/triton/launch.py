@@ -64,6 +64,18 @@ def scan_tile(bound: int) -> int:
     return min(SCAN_TILE, max(padded(bound), 32))
 
 
+def write_tile(budget: int) -> int:
+    """Slots per step of the scan that attention waits for, which is over a budget."""
+    return 2 * scan_tile(budget) if budget > SCAN_TILE else scan_tile(budget)
+
+
+def scan_options(budget: int) -> dict[str, int]:
+    """As `SCAN_OPTIONS`, with twice as many threads for twice as many slots."""
+    if budget > SCAN_TILE:
+        return {"num_warps": 16, "maxnreg": 64}
+    return SCAN_OPTIONS
+
+
 def vote_tile(group: int, bound: int) -> int:
     """Slots per step where every slot is met by a group of queries."""
     return min(scan_tile(bound), max(VOTE_ELEMENTS // padded(group), 32))

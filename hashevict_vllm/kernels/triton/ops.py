@@ -1,8 +1,7 @@
 """What a step launches; all of it works in place.
 
 Nothing here allocates what a step would have to wait for, or reads a tensor on the
-host. Arguments are the groups of `hashevict_vllm.kernels.triton.arguments`; ``bound``
-is the most slots that any request of the batch may use, which the host knows. These
+host. Arguments are the groups of `hashevict_vllm.kernels.triton.arguments`. These
 are plain functions: vLLM calls attention behind an operator of its own, which the
 compiler does not look into, so another one around each launch would only cost time.
 """
@@ -128,7 +127,6 @@ def write(
     step: Step,
     page: Page,
     rule: DeviceRule,
-    bound: int,
     scans: bool,
     rows: Tensor | None = None,
     queries: Tensor | None = None,
@@ -138,18 +136,20 @@ def write(
     Args:
         tokens: Of the step.
         signed: From `sign`.
-        step: What the round does.
+        step: What the round does; without ``token_piece`` one token of every piece.
         page: Written.
         rule: What kernels are compiled for.
-        bound: See the module.
         scans: Whether tokens may evict. If not, those that do are left alone.
         rows: int32 [n], tokens that are written; None for all.
         queries: [T, Hq, D], written for tokens that vote; None where nobody asks.
 
     """
     num_tokens, num_heads = len(tokens.k if rows is None else rows), step.heads
+    if step.token_piece is None:
+        num_tokens = len(step.pieces)
     if num_tokens == 0:
         return
+    options = launch.scan_options(rule.budget) if scans else launch.COPY_OPTIONS
     write_kernel[(num_tokens, num_heads)](
         tokens,
         signed,
@@ -159,9 +159,9 @@ def write(
         queries if scans else None,
         rule=rule,
         sizes=Sizes.of(rule, page, tokens.q.shape[1] // num_heads),
-        TILE=launch.scan_tile(bound),
+        TILE=launch.write_tile(rule.budget),
         SCANS=scans,
-        **(launch.SCAN_OPTIONS if scans else launch.COPY_OPTIONS),
+        **options,
     )
 
 

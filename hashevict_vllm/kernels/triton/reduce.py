@@ -59,7 +59,7 @@ def mark(
         page: As `ops.write`.
         estimate: As `ops.ballot`.
         rule: What kernels are compiled for.
-        bound: See `ops`.
+        bound: Most slots of any request of the batch, which the host knows.
         longest: Positions, at least of every token of these requests.
 
     """
@@ -178,7 +178,7 @@ def compact(step: Step, page: Page, rule: DeviceRule, bound: int) -> None:
         step: Pieces that are not compacted are left alone.
         page: As `ops.write`.
         rule: What kernels are compiled for.
-        bound: See `ops`.
+        bound: Most slots of any request of the batch, which the host knows.
 
     """
     num_pieces, num_heads = step.pieces.shape[0], step.heads

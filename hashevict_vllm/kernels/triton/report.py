@@ -11,11 +11,9 @@ import dataclasses
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, compile_launch
+from hashevict_vllm.kernels.triton.cost import BANDWIDTH, table
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
 from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
-
-BANDWIDTH = 3.35e12
-"""Bytes per second of an H100 SXM's memory (NVIDIA's data sheet)."""
 
 _WORD, _DOUBLE = 4, 8
 _DECODE = ("plan", "sign", "write", "ballot")
@@ -110,12 +108,14 @@ def _resource_table() -> list[str]:
 
 
 def main() -> None:
-    """Print both tables as Markdown."""
+    """Print the tables as Markdown."""
     decode = Shape()
     for kind, label in ((decode.kind, "instant"), (codes.VOTE, "vote")):
         shape = dataclasses.replace(decode, kind=kind)
         print(f"### `scoring = {label}`\n")
         print("\n".join(_floor_table(shape)), end="\n\n")
+    print("### A decode step\n")
+    print("\n".join(table()), end="\n\n")
     print("### Compiled\n")
     print("\n".join(_resource_table()))
 

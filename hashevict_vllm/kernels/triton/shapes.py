@@ -112,10 +112,11 @@ class Shape:
                 ops.sign(tokens, projection, signed, rule)
             layer = (tokens, signed, step, page)
             queries = torch.empty_like(q) if rule.votes else None
-            ops.write(*layer, rule, self.bound, True, queries=queries)
+            alone = (tokens, signed, step._replace(token_piece=None), page)
+            ops.write(*alone, rule, True, queries=queries)
             if rule.votes:
                 ops.ballot(tokens, step, page, estimate, scratch, rule)
-            ops.write(*layer, rule, self.bound, False)
+            ops.write(*layer, rule, False)
             if rule.votes:
                 ops.describe(step, page, projection, rule)
             ops.mark(*layer, estimate, rule, self.bound, 4 * self.bound)

@@ -89,7 +89,8 @@ def write_kernel(
     Args:
         tokens: `Tokens`.
         signed: `Signed`; unread by rules that keep neither signature nor norm.
-        step: `Step`.
+        step: `Step`; where it has no ``token_piece``, as in decode, programs are pieces
+            of one token, and one load fewer stands before the scan.
         page: `Page`, written.
         rows: int32 [n], tokens that are written, one per program; None for all.
         queries: [T, Hq, D], written for tokens that vote; None where nobody asks.
@@ -101,14 +102,19 @@ def write_kernel(
 
     """
     token = tl.program_id(0).to(tl.int64)
-    if rows is not None:
-        token = tl.load(rows + token).to(tl.int64)
     head = tl.program_id(1)
-    owner = tl.load(step.token_piece + token)
-    if owner < 0:
-        return
+    owner = tl.program_id(0)
+    if step.token_piece is not None:
+        if rows is not None:
+            token = tl.load(rows + token).to(tl.int64)
+        owner = tl.load(step.token_piece + token)
+        if owner < 0:
+            return
     piece = step.pieces + owner * NUM_COLUMNS
-    i = token.to(tl.int32) - tl.load(piece + ROW)
+    row = tl.load(piece + ROW)
+    if step.token_piece is None:
+        token = row.to(tl.int64)
+    i = token.to(tl.int32) - row
     if (i < 0) | (i >= tl.load(piece + COUNT)):
         return  # belongs to another round
     evicts = tl.load(piece + EVICT) != 0
