@@ -46,9 +46,6 @@ SCORING_OPTIONS = {
 }
 """Options that one rule of hashevict alone reads."""
 
-VOTE_SINKS, SINKS = 16, 4
-"""Default sinks with votes, which describe keys by them, and without."""
-
 HASHING_POLICIES = ("hashevict",)
 """Policies that keep signatures."""
 
@@ -164,8 +161,8 @@ class KVPolicyConfig:
         hash_source: What is compared with the stored key signatures: the current
             ``query`` (the paper) or the new ``key`` (the authors' released code).
         orthogonal: Orthogonalise the Gaussian projection.
-        sinks: Positions below this are never evicted; 16 with ``vote``, which
-            describes keys by them, else 4.
+        sinks: Positions below this are never evicted; ``vote`` describes keys by
+            them.
         recent: The most recent tokens never evicted: tokens, or a share of the
             budget ("25%").
         segment: Prompt tokens held before the live set is reduced to the budget:
@@ -186,7 +183,7 @@ class KVPolicyConfig:
     hash_bits: int = 64
     hash_source: str = "query"
     orthogonal: bool = True
-    sinks: int | None = None
+    sinks: int = 4
     recent: int | str = "25%"
     segment: int | str = 4096
     seed: int = 0
@@ -298,15 +295,12 @@ class KVPolicyConfig:
                 flag("orthogonal"), f"expected true or false, got {self.orthogonal!r}."
             )
         scoring = self.scoring or SCORINGS[self.name][0]
-        sinks = self.sinks
-        if sinks is None:
-            sinks = VOTE_SINKS if scoring == "vote" else SINKS
         return dataclasses.replace(
             self,
             scoring=scoring,
             budget=_as_tokens(flag("budget"), self.budget, 1),
             hash_bits=bits,
-            sinks=_as_int(flag("sinks"), sinks, 0),
+            sinks=_as_int(flag("sinks"), self.sinks, 0),
             recent=_as_tokens(flag("recent"), self.recent, 0),
             segment=segment,
             seed=_as_int(flag("seed"), self.seed, 0),
@@ -330,7 +324,6 @@ class KVPolicyConfig:
         """
         assert self.budget is not None, "resolve() is for enabled policies"
         assert self.scoring is not None, "from_dict() fills defaults in"
-        assert self.sinks is not None, "from_dict() fills defaults in"
         budget = _tokens_of(self.budget, max_model_len)
         recent = _tokens_of(self.recent, budget)
         floor = self.sinks + recent + block_size

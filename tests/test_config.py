@@ -118,8 +118,8 @@ def test_a_wrong_value_is_refused_with_a_sentence_that_names_its_flag(options, f
     assert "\n" not in text
 
 
-def test_sinks_default_to_what_the_rule_needs():
-    assert (policy().sinks, policy(scoring="instant").sinks) == (16, 4)
+def test_every_rule_has_four_sinks_by_default():
+    assert (policy().sinks, policy(scoring="instant").sinks) == (4, 4)
     assert policy(preset="paper").sinks == 4
     assert KVPolicyConfig.from_dict({**ON, "name": "streaming_llm"}).sinks == 4
 

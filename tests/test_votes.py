@@ -66,9 +66,7 @@ def test_a_ballot_fades_earlier_votes_and_spreads_one_vote_over_the_others() -> 
         torch.testing.assert_close(cast.sum(), torch.tensor(1.0))
 
 
-def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_their_own_votes() -> (
-    None
-):
+def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_an_eighth() -> None:
     def votes_by_position(layer: ReferenceLayer, head: int) -> dict[int, float]:
         slots = layer.slots
         pairs = zip(
@@ -85,4 +83,7 @@ def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_their_own_votes()
         for layer in (pooled, alone):
             found = votes_by_position(layer, head)
             assert len(found) == 50
-            assert found == {position: own[position] for position in found}
+            raised = {at for at, votes in found.items() if votes != own[at]}
+            assert all(found[at] > own[at] for at in raised)
+            assert bool(raised) == (layer is pooled)
+            assert len(raised) < 50  # heavy slots keep their own

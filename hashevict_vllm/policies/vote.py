@@ -29,6 +29,14 @@ AHEAD = 1
 """Of the pooled positions, how many lie before the attended slot; the rest follow it:
 a query finds the words that it knows, and the answer stands behind them."""
 
+NEIGHBOURS = 0.125
+"""Share of its neighbourhood's votes that a slot has at least after a selection.
+
+What was kept for its neighbours would else be the first to go in decode; with all of
+them (1) decode would judge neighbourhoods, and keep words for what stood beside them.
+A power of two, so that no product is rounded.
+"""
+
 
 def estimate_scale(hash_bits: int, head_dim: int, orthogonal: bool) -> float:
     """Factor c that makes c sum_j (q . r_j) sign(k . r_j) an unbiased q . k / |k|.
@@ -114,10 +122,12 @@ class Vote(EvictionRule):
     def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor:
         """Protected slots, then those with the most votes in their neighbourhood.
 
-        A neighbourhood decides who stays; in decode every slot is judged by its own.
+        In decode every slot is judged by its own votes, of which it has from now on at
+        least `NEIGHBOURS` times its neighbourhood's.
         """
         position = slots.position
         pooled = self._pooled(position, slots.votes)
+        slots.votes.copy_(torch.maximum(slots.votes, NEIGHBOURS * pooled))
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
         )

@@ -27,7 +27,7 @@ from hashevict_vllm.kernels.cpu.slots import (
     word_of,
 )
 from hashevict_vllm.kernels.cpu.tokens import load_queries
-from hashevict_vllm.policies.vote import AHEAD, SMOOTH
+from hashevict_vllm.policies.vote import AHEAD, NEIGHBOURS, SMOOTH
 
 BALLOT_AHEAD = 8
 """Blocks that are asked for ahead of the estimate of their logits."""
@@ -188,9 +188,9 @@ def _pool(position, votes, pool):
 def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
     """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
 
-    Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`); in
-    the page every slot keeps its own. Sinks and positions of at least ``end - recent``
-    are protected; ties keep the newer slot.
+    Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`); a
+    slot keeps its own, but at least `NEIGHBOURS` of those. Sinks and positions of at
+    least ``end - recent`` are protected; ties keep the newer slot.
     """
     words, size, tail = pages.words, row_size(pages), pages.tail
     position = np.empty(num_slots, np.int32)
@@ -202,6 +202,11 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
         votes[slot] = as_float[at + (words - 1) * size]
     order = np.argsort(position)
     pooled = _pool(position[order], votes[order], rule.pool)
+    share = np.float32(NEIGHBOURS)
+    for i in range(num_slots):
+        slot = order[i]
+        at = word_of(pages, blocks, slot, head)
+        as_float[at + (words - 1) * size] = max(votes[slot], share * pooled[i])
     ranked = np.argsort(pooled, kind="mergesort")
     left = num_slots - budget
     for i in ranked:

@@ -14,7 +14,7 @@ from hashevict_vllm.eval.offline.slots import Kept, Slots, Step
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
 from hashevict_vllm.policies.frame import KeyFrame
-from hashevict_vllm.policies.vote import Vote, estimate_scale
+from hashevict_vllm.policies.vote import NEIGHBOURS, Vote, estimate_scale
 
 
 class ExactVote(Vote):
@@ -110,6 +110,7 @@ class VoteRule(PolicyRule):
         if name not in prompt.memo:
             votes = self._votes(prompt, position, voters)
             pooled = self.rule._pooled(position, votes) if reduced else votes
+            votes = torch.maximum(votes, NEIGHBOURS * pooled)
             prompt.memo[name] = torch.stack([votes, pooled])
         votes, pooled = prompt.memo[name]
         score = pooled.clone()
