@@ -26,7 +26,9 @@ from hashevict_vllm.kernels.triton.score import (
     position_of,
 )
 from hashevict_vllm.kernels.triton.slots import head_of, meta_of
+from hashevict_vllm.policies.vote import NEIGHBOURS
 
+_NEIGHBOURS = tl.constexpr(NEIGHBOURS)
 _NEVER = tl.constexpr(2**63 - 1)
 _INT32_MAX = tl.constexpr(2**31 - 1)
 _DIGIT = tl.constexpr(8)
@@ -97,6 +99,16 @@ def _selection_order(
     return tl.where(free, order, _NEVER), meta, position
 
 
+@triton.jit
+def _keep_votes(meta, pooled, used, word, rule: tl.constexpr):
+    """A slot's own votes, but at least a share of its neighbourhood's."""
+    kept = meta + (rule.words - 1) * word
+    own = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
+    least = tl.load(pooled, mask=used, other=0.0) * _NEIGHBOURS
+    votes = tl.maximum(own, least)
+    tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
+
+
 @triton.jit(do_not_specialize=["width"])
 def select_kernel(
     step,
@@ -119,7 +131,7 @@ def select_kernel(
 
     Args:
         step: `Step`.
-        page: `Page`; positions are marked.
+        page: `Page`; positions are marked, votes kept as `_keep_votes` says.
         pooled: float32 [P, Hkv, width], from `pool_kernel`; unread without votes.
         width: Slots per row of ``pooled``.
         rule: `DeviceRule`.
@@ -169,5 +181,7 @@ def select_kernel(
         order, meta, position = _selection_order(
             at, pooled, row, slots, used, stop, rule, sizes
         )
+        if rule.kind == VOTE:
+            _keep_votes(meta, pooled + row + slots, used, page.word, rule)
         loses = used & (order < threshold)
         tl.store(meta + rule.words * page.word, ~position, mask=loses)

@@ -68,7 +68,7 @@ class Shape:
             kind=self.kind,
             words=num_words(bits) + _WORDS_BESIDE_SIGNATURE.get(self.kind, 0),
             bits=bits,
-            sinks=16 if self.kind == codes.VOTE else 4,
+            sinks=4,
             recent=self.budget // 4,
             salt=make_salt(0),
             budget=self.budget,
