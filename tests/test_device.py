@@ -40,6 +40,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 from hashevict_vllm.attention.backend import wrap_backend  # noqa: E402
 from hashevict_vllm.attention.gpu.constants import DeviceConstants  # noqa: E402
+from hashevict_vllm.attention.gpu.fork import Fork  # noqa: E402
 from hashevict_vllm.attention.gpu.forward import DeviceImplMixin  # noqa: E402
 from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
@@ -206,6 +207,42 @@ def test_a_cpu_imports_no_gpu_kernels() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# -- work beside attention -------------------------------------------------------
+
+
+def test_forked_work_waits_for_what_came_before_and_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = name if isinstance(name, str) else "side"
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            log.append(f"on {self.name}")
+
+        def __exit__(self, *_: Any) -> None:
+            log.append("back")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    fork = Fork(torch.device("cuda"))
+    fork.join()
+    assert log == []  # nothing is under way
+    fork.start(lambda: log.append("work"))
+    begun = ["side waits for main", "on side", "work", "back"]
+    assert log == begun
+    fork.join()
+    fork.join()
+    assert log == [*begun, "main waits for side"]
 
 
 # -- planning a step -------------------------------------------------------------
