@@ -238,20 +238,24 @@ class Scratch(NamedTuple):
         projected: float32 [programs, b + 2, G'], queries as they meet slots.
         frames: float64 [programs, 3, D].
         found: int32 [programs, C], slots that are to be described.
+        guessed: float32 [programs, G', C], logits.
 
     """
 
     projected: Any
     frames: Any
     found: Any
+    guessed: Any
 
     @classmethod
     def of(
         cls, rule: DeviceRule, jobs: int, group: int, dim: int, device: torch.device
     ) -> Scratch:
         """Scratch for so many pieces times KV heads; none for rules without votes."""
-        programs = min(jobs, launch.BALLOT_PROGRAMS) if rule.votes else 0
         members = launch.padded(group)
+        room = launch.BALLOT_BYTES // (4 * members * rule.budget)
+        most = min(launch.BALLOT_PROGRAMS, max(room, 1))
+        programs = min(jobs, most) if rule.votes else 0
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty((programs, *shape), dtype=dtype, device=device)
@@ -260,6 +264,7 @@ class Scratch(NamedTuple):
             projected=empty(rule.bits + 2, members, dtype=torch.float32),
             frames=empty(3, dim, dtype=torch.float64),
             found=empty(rule.budget, dtype=torch.int32),
+            guessed=empty(members, rule.budget, dtype=torch.float32),
         )
 
 

@@ -36,6 +36,9 @@ VOTE_ELEMENTS = 1024
 BALLOT_PROGRAMS = 264
 """Ballots held at once: two on each multiprocessor of an H100."""
 
+BALLOT_BYTES = 64 << 20
+"""Of logits of ballots held at once: 264 of them for 4 queries and 15,000 slots."""
+
 SEGMENT_TILE = 128
 """Slots of a program where the last queries of a segment vote."""
 

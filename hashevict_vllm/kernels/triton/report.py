@@ -11,7 +11,7 @@ import dataclasses
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, compile_launch
-from hashevict_vllm.kernels.triton.cost import BANDWIDTH, table
+from hashevict_vllm.kernels.triton.cost import BANDWIDTH, prompt_table, table
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
 from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
 
@@ -116,6 +116,8 @@ def main() -> None:
         print("\n".join(_floor_table(shape)), end="\n\n")
     print("### A decode step\n")
     print("\n".join(table()), end="\n\n")
+    print("### The end of a segment\n")
+    print("\n".join(prompt_table()), end="\n\n")
     print("### Compiled\n")
     print("\n".join(_resource_table()))
 

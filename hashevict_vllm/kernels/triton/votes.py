@@ -147,6 +147,7 @@ def _cast_votes(
     live,
     own,
     projected,
+    guessed,
     estimate,
     rule: tl.constexpr,
     sizes: tl.constexpr,
@@ -154,7 +155,8 @@ def _cast_votes(
 ):
     """Votes fade, and grow by the most attention that a query of the group pays.
 
-    Two passes over the slots: largest logit and sum of every query; then the votes.
+    Two passes over the slots: logits, their largest and sum for every query; then the
+    votes.
     Ends with a barrier, so that the program may read what it wrote.
 
     Args:
@@ -162,6 +164,7 @@ def _cast_votes(
         live: int32.
         own: int32, the voter's position; its slot is not voted on.
         projected: float32 pointer [b + 2, G'], from `project_queries`.
+        guessed: float32 pointer [G', C], scratch of this program.
         estimate: `Estimate`.
         rule: `DeviceRule`; the last of a slot's words are the votes.
         sizes: `Sizes`.
@@ -183,20 +186,23 @@ def _cast_votes(
             meta, used, projected, member, bits, word, rule, sizes
         )
         logits = tl.where(asked[None, :], logits, float("-inf"))
+        row = guessed + member[:, None] * rule.budget + slots[None, :]
+        tl.store(row, logits, mask=used[None, :] & (member >= 0)[:, None])
         higher = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # own alone in a tile
         here = tl.sum(tl.exp(logits - base[:, None]), 1)
         total = total * tl.exp(top - base) + here
         top = higher
     share = tl.where(member < sizes.group, 1.0 / total, 0.0)
+    tl.debug_barrier()
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
         meta = meta_of(at, slots, used, sizes)
         position = tl.load(meta + rule.words * word, mask=used, other=0)
-        logits = estimated_logits(
-            meta, used, projected, member, bits, word, rule, sizes
-        )
+        row = guessed + member[:, None] * rule.budget + slots[None, :]
+        there = used[None, :] & (member >= 0)[:, None]
+        logits = tl.load(row, mask=there, other=float("-inf"))
         attention = tl.exp(logits - top[:, None]) * share[:, None]
         kept = meta + (rule.words - 1) * word
         votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
@@ -242,6 +248,7 @@ def ballot_kernel(
     projected = scratch.projected + program * ((rule.bits + 2) * sizes.members)
     frame = scratch.frames + program * (FRAME_VECTORS * sizes.dim)
     found = scratch.found + program * rule.budget
+    guessed = scratch.guessed + program * (rule.budget * sizes.members)
     for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
         piece = step.pieces + job // step.heads * NUM_COLUMNS
         head = job % step.heads
@@ -280,4 +287,14 @@ def ballot_kernel(
                     STEP,
                 )
                 live = tl.where(evicts, slot, slot + i)
-                _cast_votes(at, live, start + i, projected, estimate, rule, sizes, TILE)
+                _cast_votes(
+                    at,
+                    live,
+                    start + i,
+                    projected,
+                    guessed,
+                    estimate,
+                    rule,
+                    sizes,
+                    TILE,
+                )
