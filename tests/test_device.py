@@ -32,6 +32,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
@@ -39,10 +40,12 @@ from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 from hashevict_vllm.attention.backend import wrap_backend  # noqa: E402
 from hashevict_vllm.attention.gpu.constants import DeviceConstants  # noqa: E402
+from hashevict_vllm.attention.gpu.fork import Fork  # noqa: E402
 from hashevict_vllm.attention.gpu.forward import DeviceImplMixin  # noqa: E402
 from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
 )
+from hashevict_vllm.attention.impl import LayerStep  # noqa: E402
 from hashevict_vllm.attention.inner import InnerBackend  # noqa: E402
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec  # noqa: E402
 from hashevict_vllm.vllm_patches import model_runner_v2  # noqa: E402
@@ -153,6 +156,30 @@ def test_the_backend_that_vllm_chose_is_wrapped(name: str, cuda: Any) -> None:
     assert isinstance(wrapped.customize_spec(spec), BudgetedAttentionSpec)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "served"),
+    [([16, 32, 64], False), ([MultipleOf(16)], True), ([128], True)],
+)
+def test_blocks_that_a_backend_would_split_are_refused(
+    sizes: list[Any], served: bool, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # FLASHINFER's sizes, but for GPUs that take pages of 128 tokens.
+    inner = AttentionBackendEnum.TRITON_ATTN.get_class()
+    monkeypatch.setattr(
+        inner, "get_supported_kernel_block_sizes", staticmethod(lambda: sizes)
+    )
+    wrapped = wrap_backend(inner, POLICY)
+    spec = FullAttentionSpec(
+        block_size=128, num_kv_heads=2, head_size=32, dtype=torch.bfloat16
+    )
+    if served:
+        assert isinstance(wrapped.customize_spec(spec), BudgetedAttentionSpec)
+        return
+    expected = r"^--block-size: TRITON_ATTN reads blocks of 16 or 32 or 64 tokens, "
+    with pytest.raises(KVPolicyError, match=expected):
+        wrapped.customize_spec(spec)
+
+
 def test_pages_are_laid_out_so_that_a_tail_fits(cuda: Any) -> None:
     wrapped = wrap_backend(AttentionBackendEnum.FLASH_ATTN.get_class(), POLICY)
     layouts = wrapped.supported_kv_cache_layouts()
@@ -183,6 +210,42 @@ def test_a_cpu_imports_no_gpu_kernels() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+# -- work beside attention -------------------------------------------------------
+
+
+def test_forked_work_waits_for_what_came_before_and_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = name if isinstance(name, str) else "side"
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            log.append(f"on {self.name}")
+
+        def __exit__(self, *_: Any) -> None:
+            log.append("back")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    fork = Fork(torch.device("cuda"))
+    fork.join()
+    assert log == []  # nothing is under way
+    fork.start(lambda: log.append("work"))
+    begun = ["side waits for main", "on side", "work", "back"]
+    assert log == begun
+    fork.join()
+    fork.join()
+    assert log == [*begun, "main waits for side"]
+
+
 # -- planning a step -------------------------------------------------------------
 
 
@@ -204,9 +267,10 @@ def make_builder(needs: InnerBackend) -> Any:
     impl = SimpleNamespace(num_queries_per_kv=1, scale=1.0, kv_cache_dtype="auto")
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=128, max_num_seqs=4),
-        model_config=SimpleNamespace(max_model_len=512),
+        model_config=SimpleNamespace(max_model_len=512, dtype=torch.float32),
         compilation_config=SimpleNamespace(
-            static_forward_context={"layer": SimpleNamespace(impl=impl)}
+            max_cudagraph_capture_size=0,
+            static_forward_context={"layer": SimpleNamespace(impl=impl)},
         ),
     )
     spec = BudgetedAttentionSpec.from_stock(stock, POLICY)
@@ -293,11 +357,10 @@ def test_queries_are_quantised_for_attention_but_not_for_the_rule() -> None:
     assert impl.supports_quant_query_input  # FlashAttentionImpl.forward asks now
     query = torch.randn(3, 2, 32, dtype=torch.bfloat16)
     layer = SimpleNamespace(_q_scale=torch.tensor(0.5))
-    step = SimpleNamespace(
-        layer=layer, query=query, key=None, value=None, kv_cache=None
+    step = LayerStep(
+        layer, query, query, query, query, None, torch.empty_like(query), None
     )
-    part = SimpleNamespace(inner=lambda: None, rows=None)
-    impl._attend(step, part, torch.empty_like(query), None)
+    impl.attend(impl._with_quantised_queries(step), None, None)
     assert impl.seen.dtype == torch.float8_e4m3fn
     assert torch.equal(impl.seen.float(), (query / 0.5).to(impl.seen.dtype).float())
     assert step.query is query

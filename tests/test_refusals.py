@@ -217,6 +217,7 @@ def refusal_of(config):
 def test_every_rule_has_a_case():
     cases = {*MODELS, *FLAGS, "vllm_version", "kv_connector", "kv_events"}
     cases |= {"context_parallel", "hybrid_manager_off", "diffusion"}
+    cases |= {"replicated_kv_heads"}
     # tests/test_device.py
     cases |= {"platform", "inner_backend", "microbatches", "device_kernels"}
     assert {rule.__name__ for rule in rules.RULES} == cases
@@ -280,6 +281,20 @@ def test_context_parallelism_is_refused(kind, llama):
     config = engine_args(llama).create_engine_config()
     setattr(config.parallel_config, f"{kind}_context_parallel_size", 2)
     assert_is_one_sentence(refusal_of(config), f"--{kind}-context-parallel-size")
+
+
+def test_copies_of_kv_heads_are_refused_where_queries_are_asked(llama):
+    config = engine_args(llama).create_engine_config()
+    config.parallel_config.tensor_parallel_size = 4
+    text = refusal_of(config)
+    assert_is_one_sentence(text, "--tensor-parallel-size")
+    assert "copies of the 2 KV heads" in text
+    for options in (
+        {"name": "l2_norm"},
+        {"name": "hashevict", "scoring": "instant", "hash_source": "key"},
+    ):
+        policy = KVPolicyConfig.from_dict({"budget": 512, **options})
+        assert rules.replicated_kv_heads(config, policy) is None
 
 
 def test_sliding_window_layers_need_the_hybrid_manager(tmp_path):

@@ -8,9 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 
 from hashevict_vllm.kernels import codes
-from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, compile_launch
+from hashevict_vllm.kernels.triton import cost
+from hashevict_vllm.kernels.triton.aot import (
+    ARCHITECTURES,
+    compile_launch,
+    recorded_launches,
+)
+from hashevict_vllm.kernels.triton.machine import MachineCode
 from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
 
 _INTERPRETED = Path(__file__).parent / "interpreted"
@@ -69,6 +78,51 @@ def test_kernels_compile_without_spills_or_local_memory(
 def test_kernels_compile_for_turing_which_xformers_serves(name: str) -> None:
     for launch in SHAPES[name].launches():
         assert compile_launch(launch, 75).stack == 0, launch.name
+
+
+@triton.jit
+def _chained_kernel(first, second, out, n, N: tl.constexpr):
+    """One load names the next, and that the next."""
+    lane = tl.arange(0, N)
+    at = tl.load(second + tl.load(first + lane))
+    total = tl.zeros([N], tl.int32)
+    for i in range(n):
+        total += tl.load(out + at + i)
+    tl.store(out + lane, total)
+
+
+def test_loads_in_turn_and_loops_are_read_from_machine_code() -> None:
+    x = torch.zeros(64).int()
+    with recorded_launches() as launches:
+        _chained_kernel[(1,)](x, x, x, 5, N=32, num_warps=1)
+    code = MachineCode.of(compile_launch(launches[0], 90).cubin)
+    assert code.loads_in_turn == 3
+    assert code.loops
+    once, thrice = (code.executed([n] * len(code.loops)) for n in (1, 3))
+    bodies = sum((last - first) // 16 + 1 for first, last in code.loops)
+    assert once == len(code.instructions)
+    assert thrice == once + 2 * bodies
+    with pytest.raises(ValueError, match="loops, and trips for 0"):
+        code.executed([])
+
+
+@pytest.mark.parametrize("budget", [1024, 4096])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_a_decode_step_should_take_three_percent_longer_at_most(
+    batch: int, budget: int
+) -> None:
+    layer = cost.decode_layer(batch, budget)
+    assert 0 < layer.percent <= 3.1
+    if budget == 1024:
+        assert batch > 8 or layer.before.microseconds <= 4
+        assert layer.beside.microseconds <= layer.stock
+
+
+def test_the_end_of_a_segment_should_cost_a_twentieth_of_reading_it() -> None:
+    prefill = 115e3 / cost.LAYERS  # 4,096 tokens of Llama-3.1-8B at 600 TFLOPS
+    made = cost.prompt_end()
+    total = sum(c.microseconds for c in made.values())
+    assert total + 2 * made["pool"].microseconds <= 0.05 * prefill
 
 
 def test_distances_are_counted_by_one_instruction_per_word() -> None:

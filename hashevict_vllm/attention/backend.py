@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 from hashevict_vllm.compat import device
+from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def wrap_backend(
         spec = inner.customize_spec(spec)
         if not isinstance(spec, FullAttentionSpec):
             return spec
+        if not on_cpu:
+            _refuse_split_blocks(inner, spec.block_size)
         return BudgetedAttentionSpec.from_stock(spec, policy)
 
     namespace = {
@@ -67,6 +70,29 @@ def wrap_backend(
         **parts.backend,
     }
     return type(f"Budgeted{inner.__name__}", (inner,), namespace)
+
+
+def _refuse_split_blocks(inner: type[AttentionBackend], block_size: int) -> None:
+    """Blocks must be such as the backend reads whole.
+
+    Larger ones vLLM splits (``create_kv_cache_views``, v1/kv_cache_interface.py), and
+    pages with a tail cannot be.
+
+    Raises:
+        KVPolicyError: For a size that would be split.
+
+    """
+    supported = inner.get_supported_kernel_block_sizes()
+    bases = [size.base for size in supported if isinstance(size, MultipleOf)]
+    exact = [size for size in supported if not isinstance(size, MultipleOf)]
+    if block_size in exact or any(block_size % base == 0 for base in bases):
+        return
+    sizes = [str(size) for size in exact] + [f"multiples of {base}" for base in bases]
+    raise KVPolicyError(
+        f"--block-size: {inner.get_name()} reads blocks of {' or '.join(sizes)} "
+        f"tokens, and {block_size} would have to be split, which pages with "
+        "signatures cannot be; use one of those."
+    )
 
 
 # Each device's kernels are imported where they run: numba is not needed on a GPU, nor

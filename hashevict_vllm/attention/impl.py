@@ -91,16 +91,16 @@ class BudgetedImpl:
         """All rounds of a step on this device."""
         raise NotImplementedError
 
-    def view_pages(self, kv_cache: torch.Tensor) -> Any:
+    def view_pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> Any:
         """The layer's pages, as this device's kernels take them."""
         raise NotImplementedError
 
-    def bind(self, kv_cache: torch.Tensor) -> bool:
+    def bind(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> bool:
         """View the layer's pages; whether vLLM has bound another cache than before."""
         bound = (kv_cache.data_ptr(), kv_cache.shape[0])
         if self._pages_key == bound:
             return False
-        self._pages, self._pages_key = self.view_pages(kv_cache), bound
+        self._pages, self._pages_key = self.view_pages(layer, kv_cache), bound
         return True
 
     def attend(

@@ -305,6 +305,26 @@ def context_parallel(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     return None
 
 
+def replicated_kv_heads(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
+    """Ranks beyond the KV heads hold copies (``max(1, total // tp)``, llama.py).
+
+    A copy sees the queries of its rank alone, and rules that ask queries would evict
+    other tokens from it than from the next.
+    """
+    ranks = config.parallel_config.tensor_parallel_size
+    heads = config.model_config.get_total_num_kv_heads()
+    asks = policy.scoring == "vote" or (
+        policy.scoring == "instant" and policy.hash_source == "query"
+    )
+    if ranks <= heads or not asks:
+        return None
+    return (
+        f"--tensor-parallel-size: {ranks} ranks would hold copies of the {heads} KV "
+        f"heads of {config.model_config.architecture}, and every copy would evict by "
+        f"its own queries; use at most {heads}."
+    )
+
+
 def hybrid_manager_off(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """Without it ``unify_hybrid_kv_cache_specs`` wants one kind (kv_cache_utils.py)."""
     if not config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -366,6 +386,7 @@ RULES: tuple[Rule, ...] = (
     kv_events,
     prefix_caching,
     context_parallel,
+    replicated_kv_heads,
     microbatches,
     quantised_cache,
     hybrid_manager_off,

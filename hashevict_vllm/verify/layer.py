@@ -59,7 +59,7 @@ class WrappedLayer:
 
         """
         self.prompt_lens, self.computed = prompt_lens, [0] * len(prompt_lens)
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         impl_class = type(
             "Impl", (DeviceImplMixin, inner.get_impl_cls()), {"policy": policy}
         )
@@ -107,6 +107,7 @@ class WrappedLayer:
         return SimpleNamespace(
             model_config=SimpleNamespace(
                 max_model_len=MAX_MODEL_LEN,
+                dtype=self.dtype,
                 rswa_window=None,
                 get_num_attention_heads=lambda parallel: heads * group,
                 get_num_kv_heads=lambda parallel: heads,
@@ -119,6 +120,7 @@ class WrappedLayer:
             ),
             compilation_config=SimpleNamespace(
                 cudagraph_mode=CUDAGraphMode.NONE,
+                max_cudagraph_capture_size=0,
                 static_forward_context={"layer": self.layer},
             ),
         )

@@ -17,6 +17,14 @@ import torch
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton.arguments import (
+    Estimate,
+    Page,
+    Scratch,
+    Signed,
+    Step,
+    Tokens,
+)
 from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.kernels.triton.report import floor_bytes
 from hashevict_vllm.kernels.triton.shapes import Shape
@@ -74,8 +82,8 @@ def launches(
     blocks = -(-shape.budget // shape.block_size)
     content = heads * shape.block_size * 2 * dim
     tail_bytes = heads * (rule.words + 1) * shape.block_size * 4
-    page = content + tail_bytes // shape.dtype.itemsize
-    cache = floats(tokens * blocks, page)[:, :content]
+    size = content + tail_bytes // shape.dtype.itemsize
+    cache = floats(tokens * blocks, size)[:, :content]
     pages = view_pages(
         cache.unflatten(1, (heads, shape.block_size, 2 * dim)), rule.words
     )
@@ -86,7 +94,7 @@ def launches(
     table = torch.arange(tokens * blocks, device=device).int().view(tokens, blocks)
     q, k = floats(tokens, heads * shape.group, dim), floats(tokens, heads, dim)
     projection = make_projection(dim, max(rule.bits, 1), 0, True).to(device)
-    signed = (
+    signed = Signed(
         ints(tokens, heads, shape.group + 1, rule.hashed),
         torch.zeros(tokens, heads, shape.group + 1, device=device),
     )
@@ -96,22 +104,21 @@ def launches(
     lens = ints(tokens) + length
     pieces, live, owner = ints(tokens, ops.NUM_COLUMNS), ints(tokens), ints(tokens)
     plan = (starts, lens, ints(tokens), ints(tokens), pieces, live, owner)
-    taken, caches = ints(tokens, heads), (pages.k, pages.v, pages.tail)
-    numbers = list(rule)
-    votes = (0.125, 0.02, 0.85, numbers, shape.budget)
+    page = Page.of(pages)
+    step = Step.of(pieces, owner, table, heads)
+    estimate = Estimate.of(projection, 0.125, 0.02, 0.85)
+    layer = (Tokens.of(q, k, k), signed, step._replace(token_piece=None), page)
+    scratch = Scratch.of(rule, tokens * heads, shape.group, dim, q.device)
+    queries = torch.empty_like(q) if rule.votes else None
     made: dict[str, Callable[[], object]] = {
-        "plan": lambda: ops.plan(*plan, numbers, True)
+        "plan": lambda: ops.plan(*plan, rule, True)
     }
     if rule.signs:
-        made["sign"] = lambda: ops.sign(q, k, projection, *signed, numbers)
-    made["write"] = lambda: ops.write(
-        *(q, k, k, *signed, pieces, owner, table, *caches, None, None, projection),
-        *(taken, *votes, True),
-    )
+        made["sign"] = lambda: ops.sign(layer[0], projection, signed, rule)
+    made["write"] = lambda: ops.write(*layer, rule, True, queries=queries)
     if rule.votes:
-        made["describe"] = lambda: ops.describe(
-            pieces, owner, taken, table, pages.k, None, pages.tail, projection, numbers
-        )
+        asking = (Tokens.asking(q), step, page, estimate, scratch, rule)
+        made["ballot"] = lambda: ops.ballot(*asking)
     return made, pieces
 
 

@@ -25,4 +25,4 @@ def test_every_request_of_the_timed_step_evicts(kind: int) -> None:
     assert columns["live"] == [320, 320]
     ballots = kind == codes.VOTE
     assert (columns["first_voter"] == [0, 0]) == ballots
-    assert set(made) == {"plan", "write", "describe" if ballots else "sign"}
+    assert set(made) == {"plan", "write", "ballot" if ballots else "sign"}

@@ -29,12 +29,16 @@ class DeviceTensor(torch.Tensor):
     ) -> Any:
         name = getattr(function, "__name__", "")
         assert name not in _ASKS, f"the host asked for a value with .{name}()"
-        if isinstance(function, torch._ops.OpOverload):
-            # Below the dispatcher tensors lose this class; so the operator's body is
-            # called as it stands.
-            body = torch._library.custom_ops.OPDEFS[function._schema.name]._init_fn
-            return body(*args, **kwargs or {})
         return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def _plain(argument: Any) -> Any:
+    """An argument, or every field of a group of them, without this class."""
+    if isinstance(argument, torch.Tensor):
+        return argument.as_subclass(torch.Tensor)
+    if isinstance(argument, tuple):
+        return argument._make(map(_plain, argument))  # type: ignore[attr-defined]
+    return argument
 
 
 @contextmanager
@@ -46,11 +50,7 @@ def forbidden_on_host() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     launch = GridExecutor.__call__
 
     def on_device(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = (
-            x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x
-            for x in args
-        )
-        return launch(self, *plain, **kwargs)
+        return launch(self, *map(_plain, args), **kwargs)
 
     with mock.patch.object(GridExecutor, "__call__", on_device):
         yield lambda x: x.as_subclass(DeviceTensor)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton.arguments import (
+    Estimate,
+    Page,
+    Scratch,
+    Signed,
+    Step,
+    Tokens,
+)
 from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.plan import cut_chunk, occupied_slots
 from hashevict_vllm.resolved import ResolvedKVPolicy
@@ -97,7 +107,8 @@ class TritonLayer:
         self.projection = make_projection(
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
-        self.factor = vote_factor(policy, head_dim)
+        factor = vote_factor(policy, head_dim)
+        self.estimate = Estimate.of(self.projection, SCALE, factor, policy.decay)
         self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if cache_dtype is not None:
             self.scales = (torch.tensor([0.5]), torch.tensor([0.25]))
@@ -141,12 +152,13 @@ class TritonLayer:
         def poisoned(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.full(shape, -123456789, dtype=dtype)
 
-        rule = list(self.rule)
-        group, heads = self.group, self.heads
+        rule, group, heads = self.rule, self.group, self.heads
         pieces, live = poisoned(num, ops.NUM_COLUMNS), poisoned(num)
         done, token_piece = poisoned(num), poisoned(tokens)
-        signatures = poisoned(tokens, heads, group + 1, self.rule.hashed)
-        squares = torch.full((tokens, heads, group + 1), float("nan"))
+        signed = Signed(
+            poisoned(tokens, heads, group + 1, rule.hashed),
+            torch.full((tokens, heads, group + 1), float("nan")),
+        )
         prompts = self.prompt_lens + [0] * (num - len(self.prompt_lens))
         ints = {"dtype": torch.int32}
         arguments = (
@@ -159,54 +171,35 @@ class TritonLayer:
             token_piece,
             rule,
         )
-        if self.rule.signs:
-            ops.sign(q, k, self.projection, signatures, squares, rule)
-        pages = self.pages
-        cache = (pages.k, pages.v, pages.tail)
-        votes = (SCALE, self.factor, self.policy.decay, rule, self.bound)
-        slots = poisoned(tokens, heads)
+        all_tokens = Tokens.of(q, k, v)
+        if rule.signs:
+            ops.sign(all_tokens, self.projection, signed, rule)
+        page = Page.of(self.pages, *self.scales)
+        step = Step.of(pieces, token_piece, self.block_table, heads)
+        layer = (all_tokens, signed, step, page)
+        scratch = Scratch.of(rule, 3, group, self.head_dim, q.device)
+        for part in scratch:
+            part.fill_(-123456789)
+        queries = torch.full((tokens, *q.shape[1:]), float("nan"), dtype=q.dtype)
+        longest = max(lens) + 1
+        decodes = all(end - start <= 1 for start, end in pairwise(starts))
         for index, scan in enumerate(scans):
             ops.plan(*arguments, index == 0)
-            ops.write(
-                q,
-                k,
-                v,
-                signatures,
-                squares,
-                pieces,
-                token_piece,
-                self.block_table,
-                *cache,
-                *self.scales,
-                self.projection,
-                slots,
-                *votes,
-                scan,
-            )
-            if self.rule.votes:
-                ops.describe(
-                    pieces,
-                    token_piece,
-                    slots,
-                    self.block_table,
-                    pages.k,
-                    self.scales[0],
-                    pages.tail,
-                    self.projection,
-                    rule,
-                )
-            ops.mark(
-                q,
-                signatures,
-                pieces,
-                self.block_table,
-                pages.k,
-                self.scales[0],
-                pages.tail,
-                self.projection,
-                *votes,
-            )
-            ops.compact(pieces, self.block_table, *cache, rule, self.bound)
+            asking = q
+            if scan:  # as in a decode step: queries are kept, and the model goes on
+                alone = step._replace(token_piece=None if decodes else token_piece)
+                decode = (all_tokens, signed, alone, page)
+                ops.write(*decode, rule, True, queries=queries)
+                asking = queries
+            else:
+                ops.write(*layer, rule, False)
+            if rule.votes:
+                if not scan or tokens > len(pieces):
+                    ops.describe(step, page, self.projection, rule)
+                ask = Tokens.asking(asking)
+                ops.ballot(ask, step, page, self.estimate, scratch, rule)
+            ops.mark(*layer, self.estimate, rule, self.bound, longest)
+            ops.compact(step, page, rule, self.bound)
 
     def live(self, request: int) -> tuple[torch.Tensor, ...]:
         """Live slots by ascending position: position, words, k, v, per head."""

@@ -6,6 +6,7 @@ The inner implementation's own cache-update op tells where elements of a page li
 from __future__ import annotations
 
 import torch
+from vllm.v1.attention.backend import AttentionLayer
 
 from hashevict_vllm.attention.impl import BudgetedImpl, LayerStep
 from hashevict_vllm.cache.page import LayerPages
@@ -21,7 +22,7 @@ class BudgetedImplMixin(BudgetedImpl):
 
     def run(self, step: LayerStep) -> None:
         """Write, attend and reduce, round by round."""
-        self.bind(step.kv_cache)
+        self.bind(step.layer, step.kv_cache)
         pages, constants = self._pages, step.metadata.constants
         # Rows are read by address, so q, k, v must live until the last round is over.
         q, k, v = (with_whole_rows(x) for x in (step.query, step.key, step.value))
@@ -59,7 +60,7 @@ class BudgetedImplMixin(BudgetedImpl):
                     constants.budget,
                 )
 
-    def view_pages(self, kv_cache: torch.Tensor) -> LayerPages:
+    def view_pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerPages:
         """Raw views of the layer's pages."""
         rule = make_rule(self.policy)
         return LayerPages(kv_cache, rule.words, rule.projected_bits)

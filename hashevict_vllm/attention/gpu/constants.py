@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hashevict_vllm.attention.gpu.fork import Fork
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
+from hashevict_vllm.kernels.triton.arguments import Estimate, Scratch, Signed
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.plan import most_slots
 
@@ -39,13 +41,14 @@ class DeviceConstants:
     Attributes:
         rule: What the kernels are compiled for.
         projection: float32 [D, b].
-        scale: Softmax scale.
-        factor: See `vote_factor`.
-        decay: Factor on earlier votes.
+        estimate: How rules that vote guess attention.
         bound: Most slots of any request.
         signatures: int32 [T, Hkv, G + 1, W], of the step; layers use it in turn.
         squares: float32 [T, Hkv, G + 1], likewise.
-        slots: int32 [T, Hkv], where a round's tokens went, likewise.
+        scratch: Of ballots, likewise.
+        queries: [R, Hq, D], those of a decode step's voters, likewise.
+        fork: Where ballots run beside attention.
+        last: The last layer of the group: what was forked is joined when it ends.
         pieces: int32 [R, columns], the plan of a decode step.
         live: int32 [R], slots that it attends to.
         done: int32 [R], see `ops.plan`.
@@ -56,13 +59,14 @@ class DeviceConstants:
 
     rule: DeviceRule
     projection: torch.Tensor
-    scale: float
-    factor: float
-    decay: float
+    estimate: Estimate
     bound: int
     signatures: torch.Tensor
     squares: torch.Tensor
-    slots: torch.Tensor
+    scratch: Scratch
+    queries: torch.Tensor
+    fork: Fork
+    last: Any
     pieces: torch.Tensor
     live: torch.Tensor
     done: torch.Tensor
@@ -76,6 +80,7 @@ class DeviceConstants:
         spec: BudgetedAttentionSpec,
         vllm_config: VllmConfig,
         device: torch.device,
+        last: Any = None,
     ) -> DeviceConstants:
         """Allocate the buffers.
 
@@ -84,6 +89,7 @@ class DeviceConstants:
             spec: The group's spec.
             vllm_config: Says how many tokens and requests a step may have.
             device: Where the layer's cache lies.
+            last: The layer of the group that runs last; if not given, the same.
 
         Raises:
             KVPolicyError: For a cache that is quantised with a scale per head.
@@ -95,6 +101,11 @@ class DeviceConstants:
         tokens = scheduler.max_num_batched_tokens
         # A graph's batch may be padded, but holds no more requests than tokens.
         requests = max(scheduler.max_num_seqs, tokens)
+        # In decode, where every one has one token.
+        compilation = vllm_config.compilation_config
+        asking = max(
+            scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0
+        )
         heads, group = spec.num_kv_heads, layer.impl.num_queries_per_kv
         longest = vllm_config.model_config.max_model_len
 
@@ -103,19 +114,29 @@ class DeviceConstants:
 
         projection = make_projection(
             spec.head_size, rule.bits, policy.seed, policy.orthogonal
-        )
+        ).to(device)
         return cls(
             rule=rule,
-            projection=projection.to(device),
-            scale=layer.impl.scale,
-            factor=vote_factor(policy, spec.head_size),
-            decay=policy.decay,
+            projection=projection,
+            estimate=Estimate.of(
+                projection,
+                layer.impl.scale,
+                vote_factor(policy, spec.head_size),
+                policy.decay,
+            ),
             bound=most_slots(policy, longest),
             signatures=ints(tokens, heads, group + 1, rule.hashed),
             squares=torch.zeros(
                 (tokens, heads, group + 1), dtype=torch.float32, device=device
             ),
-            slots=ints(tokens, heads),
+            scratch=Scratch.of(rule, asking * heads, group, spec.head_size, device),
+            queries=torch.zeros(
+                (asking if rule.votes else 0, heads * group, spec.head_size),
+                dtype=vllm_config.model_config.dtype,
+                device=device,
+            ),
+            fork=Fork(device),
+            last=layer if last is None else last,
             pieces=ints(requests, ops.NUM_COLUMNS),
             live=ints(requests),
             done=ints(requests),
@@ -123,6 +144,6 @@ class DeviceConstants:
             no_prompt=ints(requests),
         )
 
-    def signed(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def signed(self, num_tokens: int) -> Signed:
         """The step's part of ``signatures`` and ``squares``."""
-        return self.signatures[:num_tokens], self.squares[:num_tokens]
+        return Signed(self.signatures[:num_tokens], self.squares[:num_tokens])

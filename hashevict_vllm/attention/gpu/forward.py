@@ -1,4 +1,4 @@
-"""One layer's forward on a GPU: sign, then what `attention.impl` says of every round.
+"""One layer's forward on a GPU: write (evicting where full), attend, vote, reduce.
 
 Kernels take strides, so it does not matter which inner backend it is.
 
@@ -9,7 +9,6 @@ of its scale. `attend` quantises instead, in the same way, for backends that wan
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.v1.attention.backend import AttentionLayer
 
-from hashevict_vllm.attention.gpu.metadata import DeviceRound
+from hashevict_vllm.attention.gpu.launches import Launches
 from hashevict_vllm.attention.impl import BudgetedImpl, LayerStep
 from hashevict_vllm.attention.inner import InnerBackend
-from hashevict_vllm.kernels.triton import ops
-from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
+from hashevict_vllm.kernels.triton.arguments import Page, Tokens
+from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.policies import make_rule
 
 
@@ -36,7 +35,7 @@ class DeviceImplMixin(BudgetedImpl):
     kv_cache_dtype: str
     supports_quant_query_input: bool
     _query_quant: QuantFP8 | None = None
-    _pages: DevicePages
+    _pages: Page
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As the inner implementation; the layer will not quantise queries."""
@@ -71,27 +70,24 @@ class DeviceImplMixin(BudgetedImpl):
         return quant_key == kFp8StaticTensorSym and inner
 
     def run(self, step: LayerStep) -> None:
-        """Sign, then round by round write, attend and reduce."""
-        tokens, constants = step.metadata.num_actual_tokens, step.metadata.constants
-        q, k, v = (x[:tokens] for x in (step.query, step.key, step.value))
+        """Round by round write, attend, vote and reduce (`launches`)."""
+        num, constants = step.metadata.num_actual_tokens, step.metadata.constants
+        q, k, v = (x[:num] for x in (step.query, step.key, step.value))
         step = step._replace(query=q, key=k, value=v)
-        is_new = self.bind(step.kv_cache)
-        if constants.rule.signs:
-            ops.sign(
-                step.query,
-                step.key,
-                constants.projection,
-                *constants.signed(tokens),
-                list(constants.rule),
-            )
+        is_new = self.bind(step.layer, step.kv_cache)
+        tokens, table = Tokens.of(q, k, v), step.metadata.block_table
+        launches = Launches(tokens, self._pages, table, constants)
+        constants.fork.join()
+        launches.sign()
         if is_new:
-            self._load_kernels(step)
+            launches.load_kernels(step.metadata.rounds[0])
         quantised = self._with_quantised_queries(step)
         for part in step.metadata.rounds:
-            self._write(step, part)
+            launches.write(part)
             self.attend(quantised, part.rows, part.inner())
-            if part.reduced is not None:
-                self._reduce(step, part.reduced)
+            launches.finish(part)
+        if step.layer is constants.last:
+            constants.fork.join()  # within the CUDA graph that it is a branch of
 
     def _with_quantised_queries(self, step: LayerStep) -> LayerStep:
         """What attention takes, where the inner ``forward`` wants such queries."""
@@ -99,77 +95,6 @@ class DeviceImplMixin(BudgetedImpl):
             return step
         query, _ = self._query_quant(step.query.flatten(1), step.layer._q_scale)
         return step._replace(query=query.view(step.query.shape))
-
-    def _write(self, step: LayerStep, part: DeviceRound) -> None:
-        """Write one round's tokens, evicting where the budget is full."""
-        constants, pages = step.metadata.constants, self._pages
-        tokens, rule = len(step.query), list(constants.rule)
-        table, slots = step.metadata.block_table, constants.slots[:tokens]
-        scales = self._scales(step.layer)
-        ops.write(
-            step.query,
-            step.key,
-            step.value,
-            *constants.signed(tokens),
-            part.pieces,
-            part.token_piece,
-            table,
-            pages.k,
-            pages.v,
-            pages.tail,
-            *scales,
-            constants.projection,
-            slots,
-            constants.scale,
-            constants.factor,
-            constants.decay,
-            rule,
-            constants.bound,
-            part.scans,
-        )
-        if constants.rule.votes:
-            ops.describe(
-                part.pieces,
-                part.token_piece,
-                slots,
-                table,
-                pages.k,
-                scales[0],
-                pages.tail,
-                constants.projection,
-                rule,
-            )
-
-    def _reduce(self, step: LayerStep, pieces: torch.Tensor) -> None:
-        """Reduce the live sets of requests whose segment is over."""
-        constants, pages = step.metadata.constants, self._pages
-        table, rule = step.metadata.block_table, list(constants.rule)
-        ops.mark(
-            step.query,
-            constants.signed(len(step.query))[0],
-            pieces,
-            table,
-            pages.k,
-            self._scales(step.layer)[0],
-            pages.tail,
-            constants.projection,
-            constants.scale,
-            constants.factor,
-            constants.decay,
-            rule,
-            constants.bound,
-        )
-        cache = (pages.k, pages.v, pages.tail)
-        ops.compact(pieces, table, *cache, rule, constants.bound)
-
-    def _load_kernels(self, step: LayerStep) -> None:
-        """Compile what only prompts need, before a request waits for it: no-ops."""
-        part = step.metadata.rounds[0]
-        nothing = torch.zeros_like(part.pieces[:1])
-        nobody = torch.full_like(part.token_piece, -1)
-        idle = replace(part, pieces=nothing, token_piece=nobody, scans=False)
-        self._write(step, idle)
-        self._reduce(step, nothing)
 
     @property
     def _fp8_dtype(self) -> torch.dtype | None:
@@ -184,6 +109,8 @@ class DeviceImplMixin(BudgetedImpl):
             return None, None
         return layer._k_scale, layer._v_scale
 
-    def view_pages(self, kv_cache: torch.Tensor) -> DevicePages:
-        """The layer's pages, with their strides."""
-        return view_pages(kv_cache, make_rule(self.policy).words, self._fp8_dtype)
+    def view_pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> Page:
+        """The layer's pages, with their strides and scales."""
+        words = make_rule(self.policy).words
+        pages = view_pages(kv_cache, words, self._fp8_dtype)
+        return Page.of(pages, *self._scales(layer))

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from hashevict_vllm.attention.gpu.constants import DeviceConstants
 from hashevict_vllm.attention.inner import InnerBackend
-from hashevict_vllm.attention.lengths import first_layer, host_lens, host_prompt_lens
+from hashevict_vllm.attention.lengths import host_lens, host_prompt_lens
 from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.pieces import NAMES
@@ -38,21 +38,30 @@ class DeviceRound:
 
     Attributes:
         pieces: int32 [P, columns], see `hashevict_vllm.kernels.triton.pieces`.
-        token_piece: int32 [T], row of ``pieces`` of every token, -1 for none.
+        token_piece: int32 [T], row of ``pieces`` of every token, -1 for none; None
+            where every piece has one token.
         rows: Rows of q, k, v that take part: int64 [n], or a slice; None for all.
-        reduced: int32 [P', columns], those pieces that vote or overflow the budget;
-            None if there are none.
-        scans: Whether any token may evict, or votes alone.
+        decodes: Whether it was planned on the device: all may evict, none is reduced.
+        copies: Whether any token takes the slot that its piece names.
+        evicting: int32 [n], tokens that evict; None for none.
+        voting: int32 [P', columns], pieces whose tokens vote as they decode, or None.
+        reduced: int32 [P', columns], pieces that overflow the budget, or whose segment
+            is voted on; None for none.
+        longest: Positions, at least of every token of ``reduced``.
         inner: Returns the inner backend's metadata for this call; to be called right
             before it.
 
     """
 
     pieces: torch.Tensor
-    token_piece: torch.Tensor
+    token_piece: torch.Tensor | None
     rows: torch.Tensor | slice | None
+    decodes: bool
+    copies: bool
+    evicting: torch.Tensor | None
+    voting: torch.Tensor | None
     reduced: torch.Tensor | None
-    scans: bool
+    longest: int
     inner: Callable[[], Any]
 
 
@@ -98,9 +107,10 @@ class DeviceMetadataBuilderMixin:
     ) -> None:
         """Build the inner builder, then the buffers."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        layer = first_layer(vllm_config, layer_names)
+        layers = vllm_config.compilation_config.static_forward_context
+        ordered = [layers[name] for name in layers if name in set(layer_names)]
         self.constants = DeviceConstants.build(
-            layer, kv_cache_spec, vllm_config, device
+            ordered[0], kv_cache_spec, vllm_config, device, last=ordered[-1]
         )
 
     @classmethod
@@ -196,6 +206,7 @@ class DeviceMetadataBuilderMixin:
     def _plan_decode(self, common: CommonAttentionMetadata) -> DeviceRound:
         """One token of every request, planned on the device from its lengths."""
         constants, num = self.constants, common.num_reqs
+        constants.fork.join()  # the step before has read the plan that is made now
         pieces, live = constants.pieces[:num], constants.live[:num]
         token_piece = constants.token_piece[: common.num_actual_tokens]
         ops.plan(
@@ -206,13 +217,10 @@ class DeviceMetadataBuilderMixin:
             pieces,
             live,
             token_piece,
-            list(constants.rule),
+            constants.rule,
             True,
+            common.slot_mapping,
         )
-        # vLLM's mark of tokens that are made up, in batches where all are: they must
-        # not be written, as their rows of the block table may be a real request's.
-        made_up = common.slot_mapping[: common.num_actual_tokens] < 0
-        token_piece.masked_fill_(made_up, -1)
         upper = common.seq_lens_cpu_upper_bound
         inner = self._inner(
             common,
@@ -226,8 +234,12 @@ class DeviceMetadataBuilderMixin:
             pieces=pieces,
             token_piece=token_piece,
             rows=None,
+            decodes=True,
+            copies=False,
+            evicting=None,
+            voting=None,
             reduced=None,
-            scans=True,
+            longest=0,
             inner=_always(inner),
         )
 
@@ -243,8 +255,12 @@ class DeviceMetadataBuilderMixin:
             pieces=pieces,
             token_piece=nobody,
             rows=None,
+            decodes=False,
+            copies=False,
+            evicting=None,
+            voting=None,
             reduced=None,
-            scans=False,
+            longest=0,
             inner=_always(super().build(0, common)),  # type: ignore[misc]
         )
 
@@ -275,7 +291,11 @@ class DeviceMetadataBuilderMixin:
         token_piece = np.full(num, -1, np.int32)
         token_piece[token_rows] = pieces.per_token(np.arange(len(pieces.request)))
         rows = as_rows(token_rows, num)
-        reduced = pieces.reduced(self.kv_cache_spec.policy.budget)
+        again = pieces.reduced(self.kv_cache_spec.policy.budget)
+        voting = again & (pieces.ballots > 0) & (pieces.first_voter < pieces.count)
+        reduced = again & ~voting
+        evicting = pieces.row[pieces.evict].astype(np.int32)
+        ends = (pieces.start + pieces.count)[reduced]
         live, starts = pieces.live.astype(np.int32), pieces.query_start_loc()
         table = common.block_table_tensor
         if len(live) < common.num_reqs:
@@ -302,12 +322,18 @@ class DeviceMetadataBuilderMixin:
             pieces=self._to_device(table_of_pieces),
             token_piece=self._to_device(token_piece),
             rows=self._to_device(rows) if isinstance(rows, np.ndarray) else rows,
-            reduced=(
-                self._to_device(table_of_pieces[reduced]) if reduced.any() else None
-            ),
-            scans=bool((pieces.count == 1).any()),
+            decodes=False,
+            copies=len(evicting) < len(live),
+            evicting=self._unless_empty(evicting),
+            voting=self._unless_empty(table_of_pieces[voting]),
+            reduced=self._unless_empty(table_of_pieces[reduced]),
+            longest=int(ends.max(initial=0)),
             inner=inner,
         )
+
+    def _unless_empty(self, host: np.ndarray) -> torch.Tensor | None:
+        """The same on the device; None for no rows."""
+        return self._to_device(host) if len(host) else None
 
     def _plan_anew(self, build: Callable[[], Any]) -> Any:
         """Plan a round over the plan of the one before, once that has been used.

@@ -1,8 +1,8 @@
 """Compiles the kernels without a GPU and reads what the machine code needs.
 
-What is compiled is what the operators launch: their launches are recorded on small CPU
-tensors, with the same specialisation as Triton's own (constants, ``== 1``, divisible by
-16), and compiled for a chosen architecture by the assemblers that Triton ships.
+What is compiled is what `ops` launches: launches are recorded on small CPU tensors,
+specialised by Triton as for a device (constants, ``== 1``, divisible by 16), and
+compiled for a chosen architecture by the assemblers that Triton ships.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +20,13 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-ARCHITECTURES = (80, 90, 100)
-"""A100, H100 and B200."""
+ARCHITECTURES = (80, 90, 100, 120)
+"""A100, H100, B200 and consumer cards of the last."""
 
 _WARP = 32
-_ALIGNED = [["tt.divisibility", 16]]
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_NAMES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.uint8: "u8",
-}
 
 
 @dataclass(frozen=True)
@@ -58,8 +45,17 @@ class Launch:
 
     def runs_on(self, architecture: int) -> bool:
         """Whether Triton compiles it: there is no e4m3 before sm_89, as in vLLM."""
-        dtypes = [getattr(value, "dtype", None) for value in self.arguments.values()]
+        dtypes = {getattr(x, "dtype", None) for x in _flat(self.arguments.values())}
         return architecture >= 89 or torch.float8_e4m3fn not in dtypes
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Arguments, those of named tuples one by one."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,7 @@ class Resources:
         shared: Bytes of a program in shared memory, as launched.
         threads: Of a program.
         ptx: The assembly before the last step.
+        cubin: The machine code.
 
     """
 
@@ -82,6 +79,7 @@ class Resources:
     shared: int
     threads: int
     ptx: str
+    cubin: bytes
 
 
 @contextmanager
@@ -100,29 +98,28 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict]:
-    """Signature, constants and alignments of a launch, as Triton derives them."""
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    aligned: dict[tuple[int], list] = {}
-    for index, param in enumerate(launch.kernel.params):
-        value = launch.arguments[param.name]
-        special = not param.do_not_specialize
-        one = special and isinstance(value, int) and value == 1
-        if param.is_constexpr or value is None or one:
-            types[param.name] = "constexpr"
-            constants[param.name] = value
-        elif isinstance(value, torch.Tensor):
-            types[param.name] = "*" + _NAMES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                aligned[(index,)] = _ALIGNED
-        elif isinstance(value, float):
-            types[param.name] = "fp32"
-        else:
-            types[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if special and value % 16 == 0:
-                aligned[(index,)] = _ALIGNED
-    return types, constants, aligned
+class _Driver:
+    """Stands for a device, so that Triton specialises arguments as it would there."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, _WARP)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # what is compiled is kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def variant(launch: Launch) -> str:
+    """What Triton compiles a kernel anew for: types, constants, alignments, options."""
+    with mock.patch.object(triton.runtime.driver, "_active", _Driver(90)):
+        *_, binder = launch.kernel.device_caches[90]
+        _, special, options = binder(**launch.arguments, **launch.options)
+    return f"{launch.name}: {special}, {options}"
 
 
 def compile_launch(launch: Launch, architecture: int) -> Resources:
@@ -136,12 +133,9 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
         RuntimeError: If the report on the machine code cannot be read.
 
     """
-    types, constants, aligned = _specialise(launch)
-    compiled = triton.compile(
-        ASTSource(launch.kernel, types, constants, aligned),
-        target=GPUTarget("cuda", architecture, _WARP),
-        options=launch.options,
-    )
+    driver = _Driver(architecture)
+    with mock.patch.object(triton.runtime.driver, "_active", driver):
+        compiled = launch.kernel.warmup(**launch.arguments, **launch.options, grid=(1,))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -160,4 +154,5 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
         shared=compiled.metadata.shared,
         threads=compiled.metadata.num_warps * _WARP,
         ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
     )

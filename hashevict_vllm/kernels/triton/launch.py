@@ -21,13 +21,37 @@ DESCRIBE_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 128}
 """With three stages tiles of float64 would take more than 48 KiB of shared memory;
 bounded as scans are."""
 
+DESCRIBE_TOKENS = 32
+"""Slots described by one program: one variant for every length."""
+
+BALLOT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}
+"""It describes, projects and scans, which takes registers; so half as many threads."""
+
 COPY_OPTIONS = {"num_warps": 1}
 """A program copies one row of K and of V."""
 
-VOTE_ELEMENTS = 2048
+VOTE_ELEMENTS = 1024
 """Query heads times slots per step of a vote, so that logits stay in registers."""
 
-POOL_TILE, POOL_NEIGHBOURS = 32, 128
+BALLOT_PROGRAMS = 264
+"""Ballots held at once: two on each multiprocessor of an H100."""
+
+BALLOT_BYTES = 64 << 20
+"""Of logits of ballots held at once: 264 of them for 4 queries and 15,000 slots."""
+
+SEGMENT_TILE = 128
+"""Slots of a program where the last queries of a segment vote."""
+
+SEGMENT_ROWS = 16
+"""Queries of a matrix product there: voters times query heads."""
+
+SEGMENT_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+"""As `SCAN_OPTIONS`."""
+
+TOTALS_TILE = 64
+"""Tiles of slots per step, when what was found in them is put together."""
+
+POOL_TILE = 1024
 MOVE_ELEMENTS = 4096
 SIGN_STEP = 16
 PLAN_TILE = 1024
@@ -43,6 +67,18 @@ def scan_tile(bound: int) -> int:
     return min(SCAN_TILE, max(padded(bound), 32))
 
 
+def write_tile(budget: int) -> int:
+    """Slots per step of the scan that attention waits for, which is over a budget."""
+    return 2 * scan_tile(budget) if budget > SCAN_TILE else scan_tile(budget)
+
+
+def scan_options(budget: int) -> dict[str, int]:
+    """As `SCAN_OPTIONS`, with twice as many threads for twice as many slots."""
+    if budget > SCAN_TILE:
+        return {"num_warps": 16, "maxnreg": 64}
+    return SCAN_OPTIONS
+
+
 def vote_tile(group: int, bound: int) -> int:
     """Slots per step where every slot is met by a group of queries."""
     return min(scan_tile(bound), max(VOTE_ELEMENTS // padded(group), 32))
@@ -54,14 +90,19 @@ def move_rows(head_dim: int) -> int:
 
 
 def sign_tokens(num_tokens: int, group: int) -> int:
-    """Tokens signed by one program: few where programs are few, as in decode."""
-    most = max(64 // padded(group + 1), 1)
-    return min(padded(num_tokens // 16), most)
+    """Tokens signed by one program: one where programs are few, as in decode."""
+    one, most = sign_variants(group)
+    return most if num_tokens >= 16 * most else one
 
 
-def describe_tokens(num_tokens: int) -> int:
-    """Slots described by one program."""
-    return max(16, min(padded(num_tokens // 16), 64))
+def sign_variants(group: int) -> tuple[int, int]:
+    """What `sign_tokens` chooses from."""
+    return 1, max(64 // padded(group + 1), 1)
+
+
+def columns(bits: int) -> int:
+    """Columns of a product with the projection: whole words."""
+    return max(padded(bits), 32)
 
 
 def as_integers(cache: torch.Tensor) -> torch.Tensor:

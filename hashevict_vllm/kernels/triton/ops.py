@@ -1,36 +1,40 @@
-"""The kernels as operators of PyTorch: ``torch.ops.hashevict.*``, all in place.
+"""What a step launches; all of it works in place.
 
-They allocate nothing that a step would have to wait for and read no tensor on the host.
-``rule`` is a `hashevict_vllm.kernels.triton.rule.DeviceRule`, as a list; ``bound`` is
-the most slots that any request of the batch may use, which the host knows.
+Nothing here allocates what a step would have to wait for, or reads a tensor on the
+host. Arguments are the groups of `hashevict_vllm.kernels.triton.arguments`. These
+are plain functions: vLLM calls attention behind an operator of its own, which the
+compiler does not look into, so another one around each launch would only cost time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 from torch import Tensor
 
 from hashevict_vllm.kernels.triton import launch
+from hashevict_vllm.kernels.triton.arguments import (
+    Estimate,
+    Page,
+    Scratch,
+    Signed,
+    Sizes,
+    Step,
+    Tokens,
+)
 from hashevict_vllm.kernels.triton.describe import describe_kernel
-from hashevict_vllm.kernels.triton.frame import frame_kernel
 from hashevict_vllm.kernels.triton.pieces import NAMES
 from hashevict_vllm.kernels.triton.plan import plan_kernel
-from hashevict_vllm.kernels.triton.reduce import compact, frames, mark, projections
+from hashevict_vllm.kernels.triton.reduce import compact, frames, mark
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 from hashevict_vllm.kernels.triton.sign import sign_kernel
+from hashevict_vllm.kernels.triton.votes import ballot_kernel
 from hashevict_vllm.kernels.triton.write import write_kernel
 
-__all__ = ["compact", "describe", "mark", "plan", "sign", "write"]
+__all__ = ["ballot", "compact", "describe", "mark", "plan", "sign", "write"]
 
 NUM_COLUMNS = len(NAMES)
 
 
-@torch.library.custom_op(
-    "hashevict::plan", mutates_args=("done", "pieces", "live", "token_piece")
-)
 def plan(
     query_start_loc: Tensor,
     seq_lens: Tensor,
@@ -39,8 +43,9 @@ def plan(
     pieces: Tensor,
     live: Tensor,
     token_piece: Tensor,
-    rule: Sequence[int],
+    rule: DeviceRule,
     first_round: bool,
+    slot_mapping: Tensor | None = None,
 ) -> None:
     """The next piece of every request; arguments as `plan_kernel`.
 
@@ -52,11 +57,11 @@ def plan(
         pieces: int32 [P, columns].
         live: int32 [P].
         token_piece: int32 [T], T at least the tokens of the step; -1 beyond them.
-        rule: See the module.
+        rule: What kernels are compiled for.
         first_round: Whether the step begins.
+        slot_mapping: int64 [T], vLLM's; None if no request is made up.
 
     """
-    r = DeviceRule(*rule)
     if first_round:
         token_piece.fill_(-1)
     plan_kernel[(seq_lens.shape[0],)](
@@ -67,262 +72,171 @@ def plan(
         pieces,
         live,
         token_piece,
+        slot_mapping,
+        rule=rule,
         FIRST_ROUND=first_round,
-        BUDGET=r.budget,
-        SEGMENT=r.segment,
-        SINKS=r.sinks,
-        WINDOW=r.window,
-        EVERY=r.every,
-        HORIZON=r.horizon,
         TILE=launch.PLAN_TILE,
         num_warps=4,
     )
 
 
-@torch.library.custom_op("hashevict::sign", mutates_args=("signatures", "squares"))
 def sign(
-    q: Tensor,
-    k: Tensor,
+    tokens: Tokens,
     projection: Tensor,
-    signatures: Tensor,
-    squares: Tensor,
-    rule: Sequence[int],
+    signed: Signed,
+    rule: DeviceRule,
+    at_once: int | None = None,
 ) -> None:
-    """Signatures and squared norms of queries and keys; arguments as `sign_kernel`.
+    """Signatures and squared norms of queries and keys.
 
     Args:
-        q: [T, Hq, D], any float dtype.
-        k: [T, Hkv, D], likewise.
+        tokens: Of the step; the values are not read.
         projection: float32 [D, b].
-        signatures: int32 [T, Hkv, G + 1, W].
-        squares: float32 [T, Hkv, G + 1].
-        rule: See the module.
+        signed: Written.
+        rule: What kernels are compiled for.
+        at_once: Tokens of a program, a power of two; by default one of
+            `launch.sign_tokens`.
 
     """
-    r = DeviceRule(*rule)
-    num_tokens, num_heads, head_dim = k.shape
-    group = q.shape[1] // num_heads
-    launch.check_rows(q=q, k=k)
+    num_tokens, num_heads, head_dim = tokens.k.shape
+    group = tokens.q.shape[1] // num_heads
     if num_tokens == 0:
         return
-    tokens = launch.sign_tokens(num_tokens, group)
-    sign_kernel[(triton.cdiv(num_tokens, tokens), num_heads)](
-        q,
-        k,
+    if at_once is None:
+        at_once = launch.sign_tokens(num_tokens, group)
+    sign_kernel[(triton.cdiv(num_tokens, at_once), num_heads)](
+        tokens,
         projection,
-        signatures,
-        squares,
+        signed,
         num_tokens,
         num_heads,
-        *q.stride()[:2],
-        *k.stride()[:2],
+        rule=rule,
         GROUP=group,
         MEMBERS=launch.padded(group + 1),
-        TOKENS=tokens,
+        TOKENS=at_once,
         DIM=head_dim,
-        BITS=r.bits,
-        WORDS=r.hashed,
+        WORDS=rule.hashed,
         STEP=launch.SIGN_STEP,
         num_warps=4,
     )
 
 
-@torch.library.custom_op(
-    "hashevict::write", mutates_args=("k_cache", "v_cache", "tail", "slots")
-)
 def write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    signatures: Tensor,
-    squares: Tensor,
-    pieces: Tensor,
-    token_piece: Tensor,
-    block_table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tail: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    projection: Tensor,
-    slots: Tensor,
-    scale: float,
-    factor: float,
-    decay: float,
-    rule: Sequence[int],
-    bound: int,
+    tokens: Tokens,
+    signed: Signed,
+    step: Step,
+    page: Page,
+    rule: DeviceRule,
     scans: bool,
+    rows: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> None:
     """Write tokens into their slots, evicting where full; arguments as `write_kernel`.
 
     Args:
-        q: [T, Hq, D].
-        k: [T, Hkv, D].
-        v: [T, Hkv, D].
-        signatures: int32 [T, Hkv, G + 1, W], from `sign`.
-        squares: float32 [T, Hkv, G + 1], likewise.
-        pieces: int32 [P, columns].
-        token_piece: int32 [T].
-        block_table: int32 [R, max blocks].
-        k_cache: [B, Hkv, N, D].
-        v_cache: [B, Hkv, N, D].
-        tail: int32 [B, Hkv, W + 1, N].
-        k_scale: float32 [1] for an fp8 cache, else None.
-        v_scale: Likewise.
-        projection: float32 [D, b].
-        slots: int32 [T, Hkv], written by rules that vote, for `describe`.
-        scale: Softmax scale.
-        factor: See `hashevict_vllm.policies.vote.estimate_scale`.
-        decay: Factor on earlier votes.
-        rule: See the module.
-        bound: See the module.
-        scans: Whether any piece of the round may evict or vote.
+        tokens: Of the step.
+        signed: From `sign`.
+        step: What the round does; without ``token_piece`` one token of every piece.
+        page: Written.
+        rule: What kernels are compiled for.
+        scans: Whether tokens may evict. If not, those that do are left alone.
+        rows: int32 [n], tokens that are written; None for all.
+        queries: [T, Hq, D], written for tokens that vote; None where nobody asks.
 
     """
-    r = DeviceRule(*rule)
-    num_tokens, num_heads, head_dim = k.shape
-    launch.check_rows(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, tail=tail)
-    group = q.shape[1] // num_heads
+    num_tokens, num_heads = len(tokens.k if rows is None else rows), step.heads
+    if step.token_piece is None:
+        num_tokens = len(step.pieces)
     if num_tokens == 0:
         return
-    tile = launch.scan_tile(bound)
-    if r.votes:
-        tile = launch.vote_tile(group, bound)
-    members = launch.padded(group)
+    options = launch.scan_options(rule.budget) if scans else launch.COPY_OPTIONS
     write_kernel[(num_tokens, num_heads)](
-        q,
-        k,
-        v,
-        signatures,
-        squares,
-        pieces,
-        token_piece,
-        block_table,
-        k_cache,
-        v_cache,
-        tail,
-        k_scale,
-        v_scale,
-        projection,
-        projections(r, pieces, num_heads, members),
-        frames(r, pieces, k_cache),
-        slots,
-        scale,
-        factor,
-        r.bits,
-        head_dim,
-        decay,
-        num_heads,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        block_table.stride(0),
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *tail.stride()[:3],
-        KIND=r.kind,
-        WORDS=r.words,
-        HASHED=r.hashed,
-        BITS=r.bits,
-        GROUP=group,
-        MEMBERS=members,
-        SALT=r.salt,
-        EVERY=r.every,
-        STEP=launch.SIGN_STEP,
-        SINKS=r.sinks,
-        RECENT=r.recent,
-        DIM=head_dim,
-        DIM_PADDED=launch.padded(head_dim),
-        N=tail.shape[3],
-        TILE=tile,
+        tokens,
+        signed,
+        step,
+        page,
+        rows,
+        queries if scans else None,
+        rule=rule,
+        sizes=Sizes.of(rule, page, tokens.q.shape[1] // num_heads),
+        TILE=launch.write_tile(rule.budget),
         SCANS=scans,
-        **(launch.SCAN_OPTIONS if scans else launch.COPY_OPTIONS),
+        **options,
     )
 
 
-@torch.library.custom_op("hashevict::describe", mutates_args=("tail",))
-def describe(
-    pieces: Tensor,
-    token_piece: Tensor,
-    slots: Tensor,
-    block_table: Tensor,
-    k_cache: Tensor,
-    k_scale: Tensor | None,
-    tail: Tensor,
-    projection: Tensor,
-    rule: Sequence[int],
-) -> None:
-    """Signatures and numbers of the keys just written, for rules that vote.
+def describe(step: Step, page: Page, projection: Tensor, rule: DeviceRule) -> None:
+    """Signatures and numbers of a prompt's keys just written, for rules that vote.
 
     Args:
-        pieces: As `write`.
-        token_piece: As `write`.
-        slots: int32 [T, Hkv], from `write`.
-        block_table: As `write`.
-        k_cache: As `write`.
-        k_scale: As `write`.
-        tail: As `write`.
-        projection: As `write`.
-        rule: See the module.
+        step: As `write`.
+        page: As `write`.
+        projection: float32 [D, b].
+        rule: What kernels are compiled for.
 
     """
-    r = DeviceRule(*rule)
-    num_tokens, num_heads = slots.shape
-    launch.check_rows(k_cache=k_cache, tail=tail)
+    num_tokens, num_heads = len(step.token_piece), step.heads
     if num_tokens == 0:
         return
-    num_pieces, head_dim = pieces.shape[0], k_cache.shape[3]
-    scratch = frames(r, pieces, k_cache)
-    if r.sinks:
-        frame_kernel[(num_pieces, num_heads)](
-            scratch,
-            pieces,
-            block_table,
-            k_cache,
-            k_scale,
-            num_heads,
-            block_table.stride(0),
-            *k_cache.stride()[:3],
-            SINKS=r.sinks,
-            DIM=head_dim,
-            DIM_PADDED=launch.padded(head_dim),
-            N=tail.shape[3],
-            **launch.FRAME_OPTIONS,
-        )
-    tokens = launch.describe_tokens(num_tokens)
+    num_pieces = step.pieces.shape[0]
+    sizes = Sizes.of(rule, page, 1)
+    scratch = frames(rule, step, page, sizes)
+    tokens = launch.DESCRIBE_TOKENS
     programs = triton.cdiv(num_tokens, tokens)
-    of_sinks = num_pieces * triton.cdiv(r.sinks, tokens)
+    of_sinks = num_pieces * triton.cdiv(rule.sinks, tokens)
     describe_kernel[(programs + of_sinks, num_heads)](
+        step,
+        page,
         projection,
         scratch,
-        pieces,
-        token_piece,
-        slots,
-        block_table,
-        k_cache,
-        k_scale,
-        tail,
         num_tokens,
         programs,
-        num_heads,
-        block_table.stride(0),
-        *k_cache.stride()[:3],
-        *tail.stride()[:3],
-        SINKS=r.sinks,
-        WORDS=r.words,
-        DIM=head_dim,
-        BITS=r.bits,
-        COLUMNS=max(launch.padded(r.bits), 32),
+        rule=rule,
+        sizes=sizes,
+        COLUMNS=launch.columns(rule.bits),
         TOKENS=tokens,
         STEP=launch.SIGN_STEP,
-        N=tail.shape[3],
         **launch.DESCRIBE_OPTIONS,
     )
 
 
-@plan.register_fake
-@describe.register_fake
-@sign.register_fake
-@write.register_fake
-def _in_place(*_: object) -> None:
-    """Operators write into their arguments and return nothing."""
+def ballot(
+    tokens: Tokens,
+    step: Step,
+    page: Page,
+    estimate: Estimate,
+    scratch: Scratch,
+    rule: DeviceRule,
+) -> None:
+    """Let tokens that decode vote, after `write` and before the layer's next `write`.
+
+    It touches nothing that attention reads or writes, so it may run beside it.
+
+    Args:
+        tokens: Of the step; queries are read.
+        step: What the round does.
+        page: Signatures, numbers and votes are written, keys read.
+        estimate: How attention is guessed.
+        scratch: Not used by any other launch at the time.
+        rule: What kernels are compiled for.
+
+    """
+    jobs = step.pieces.shape[0] * step.heads
+    programs = min(jobs, len(scratch.frames))
+    if programs == 0:
+        return
+    sizes = Sizes.of(rule, page, tokens.q.shape[1] // step.heads)
+    ballot_kernel[(programs,)](
+        tokens,
+        step,
+        page,
+        estimate,
+        scratch,
+        jobs,
+        rule=rule,
+        sizes=sizes,
+        COLUMNS=launch.columns(rule.bits),
+        STEP=launch.SIGN_STEP,
+        TILE=launch.vote_tile(sizes.group, rule.budget),
+        **launch.BALLOT_OPTIONS,
+    )

@@ -25,40 +25,31 @@ from hashevict_vllm.kernels.triton.pieces import (
 
 
 @triton.jit
-def _occupied_slots(tokens, prompt, BUDGET: tl.constexpr, SEGMENT: tl.constexpr):
+def _occupied_slots(tokens, prompt, rule: tl.constexpr):
     """Slots in use, live and open scratch, after ``tokens`` tokens."""
-    settled = tl.minimum(tokens, BUDGET)
-    if SEGMENT == 1:
+    settled = tl.minimum(tokens, rule.budget)
+    if rule.segment == 1:
         return settled
-    complete = tokens // SEGMENT * SEGMENT
-    open_slots = tl.minimum(complete, BUDGET) + tokens - complete
-    return tl.where((tokens <= BUDGET) | (tokens >= prompt), settled, open_slots)
+    complete = tokens // rule.segment * rule.segment
+    open_slots = tl.minimum(complete, rule.budget) + tokens - complete
+    return tl.where((tokens <= rule.budget) | (tokens >= prompt), settled, open_slots)
 
 
 @triton.jit
-def _first_voter(
-    start,
-    stop,
-    prompt,
-    BUDGET: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    EVERY: tl.constexpr,
-    HORIZON: tl.constexpr,
-):
+def _first_voter(start, stop, prompt, rule: tl.constexpr):
     """First voter of a piece, ``stop`` if none votes (`ResolvedKVPolicy.voters`)."""
-    if WINDOW == 0:
+    if rule.window == 0:
         return stop
-    first = tl.maximum(start, max(SINKS, 1))
-    decode = tl.maximum(first, BUDGET - HORIZON)
-    decode = tl.minimum((decode + EVERY - 1) // EVERY * EVERY, stop)
-    if SEGMENT == 1:
+    every, horizon = rule.every, rule.budget - rule.horizon
+    first = tl.maximum(start, max(rule.sinks, 1))
+    decode = tl.maximum(first, horizon)
+    decode = tl.minimum((decode + every - 1) // every * every, stop)
+    if rule.segment == 1:
         return decode
-    begin = (stop - 1) // SEGMENT * SEGMENT
-    end = tl.minimum(begin + SEGMENT, prompt)
-    full = tl.where(end == prompt, BUDGET - HORIZON, BUDGET)
-    first = tl.maximum(tl.maximum(first, begin), end - WINDOW)
+    begin = (stop - 1) // rule.segment * rule.segment
+    end = tl.minimum(begin + rule.segment, prompt)
+    full = tl.where(end == prompt, horizon, rule.budget)
+    first = tl.maximum(tl.maximum(first, begin), end - rule.window)
     first = tl.where(end > full, tl.minimum(first, stop), stop)
     return tl.where(start >= prompt, decode, first)
 
@@ -72,13 +63,9 @@ def plan_kernel(
     pieces,
     live,
     token_piece,
+    slot_mapping,
+    rule: tl.constexpr,
     FIRST_ROUND: tl.constexpr,
-    BUDGET: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    EVERY: tl.constexpr,
-    HORIZON: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program: the next piece of one request.
@@ -93,13 +80,11 @@ def plan_kernel(
         live: int32 [P], written: slots that the round attends to, 0 for no piece.
         token_piece: int32 [T], written in the first round; not where nothing is
             scheduled.
+        slot_mapping: int64 [T], negative for tokens that vLLM has made up: nothing is
+            done for requests that begin with one, as their row of the block table may
+            be another's; they attend to as many slots as they say. None for none.
+        rule: `DeviceRule`.
         FIRST_ROUND: Whether the step begins.
-        BUDGET: C.
-        SEGMENT: S.
-        SINKS: Nobody votes before they are there.
-        WINDOW: Voting queries of a segment; 0 for rules that do not vote.
-        EVERY: In decode, one token of so many votes.
-        HORIZON: Steps before the cache is full from which on votes are kept.
         TILE: Tokens per step of filling ``token_piece``.
 
     """
@@ -108,28 +93,35 @@ def plan_kernel(
     last_row = tl.load(query_start_loc + request + 1)
     end, prompt = tl.load(seq_lens + request), tl.load(prompt_lens + request)
     begin = end - (last_row - row)
+    real = row >= 0
+    if slot_mapping is not None:
+        real = tl.load(slot_mapping + row, mask=row < last_row, other=0) >= 0
     if FIRST_ROUND:
         start = begin
-        for first in range(row, last_row, TILE):
+        filled = tl.where(real, last_row, row)
+        for first in range(row, filled, TILE):
             tokens = first + tl.arange(0, TILE)
-            tl.store(token_piece + tokens, request, mask=tokens < last_row)
+            tl.store(token_piece + tokens, request, mask=tokens < filled)
     else:
         start = tl.load(done + request)
-    slot = _occupied_slots(start, prompt, BUDGET, SEGMENT)
-    reading = (start < prompt) & (SEGMENT > 1)
-    boundary = (start // SEGMENT + 1) * SEGMENT
+    slot = _occupied_slots(start, prompt, rule)
+    budget, segment = rule.budget, rule.segment
+    reading = (start < prompt) & (segment > 1)
+    boundary = (start // segment + 1) * segment
     # No reduction happens before the first boundary past the budget.
-    whole: tl.constexpr = (BUDGET + SEGMENT - 1) // SEGMENT * SEGMENT
-    boundary = tl.minimum(tl.where(boundary <= BUDGET, whole, boundary), prompt)
-    evict = (reading == 0) & (start >= BUDGET)
-    stop = tl.where(reading, boundary, tl.where(evict, start + 1, BUDGET))
+    whole = (budget + segment - 1) // segment * segment
+    boundary = tl.minimum(tl.where(boundary <= budget, whole, boundary), prompt)
+    evict = (reading == 0) & (start >= budget)
+    stop = tl.where(reading, boundary, tl.where(evict, start + 1, budget))
     stop = tl.minimum(stop, end)
     count = tl.maximum(stop - start, 0)
-    compact = reading & (stop == boundary) & (slot + count > BUDGET) & (count > 0)
-    voter = _first_voter(
-        start, stop, prompt, BUDGET, SEGMENT, SINKS, WINDOW, EVERY, HORIZON
-    )
+    compact = reading & (stop == boundary) & (slot + count > budget) & (count > 0)
+    voter = _first_voter(start, stop, prompt, rule)
     after = tl.where(count == 0, 0, tl.where(evict, slot, slot + count))
+    tl.store(live + request, after)
+    tl.store(done + request, start + count)
+    count = tl.where(real, count, 0)
+    evict, compact = evict & real, compact & real
     piece = pieces + request * NUM_COLUMNS
     tl.store(piece + REQUEST, request)
     tl.store(piece + START, start)
@@ -139,7 +131,5 @@ def plan_kernel(
     tl.store(piece + EVICT, (evict & (count > 0)).to(tl.int32))
     tl.store(piece + COMPACT, compact.to(tl.int32))
     tl.store(piece + FIRST_VOTER, tl.where(count == 0, 0, voter - start))
-    tl.store(piece + BALLOTS, tl.where(reading | (count == 0), 0, EVERY))
+    tl.store(piece + BALLOTS, tl.where(reading | (count == 0), 0, rule.every))
     tl.store(piece + LIVE, after)
-    tl.store(live + request, after)
-    tl.store(done + request, start + count)

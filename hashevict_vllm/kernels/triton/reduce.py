@@ -1,261 +1,206 @@
-"""The operators that reduce a segment; `ops` is where they are imported from."""
+"""What reduces a segment; `ops` is where it is imported from."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
+from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.codes import AHEAD, SMOOTH
-from hashevict_vllm.kernels.triton import launch
-from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
-from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
-from hashevict_vllm.kernels.triton.mark import (
-    pool_kernel,
-    replay_kernel,
-    select_kernel,
+from hashevict_vllm.kernels.triton import launch, segment
+from hashevict_vllm.kernels.triton.arguments import (
+    Asked,
+    Estimate,
+    Page,
+    Signed,
+    Sizes,
+    Step,
+    Tokens,
 )
+from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
+from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, frame_kernel
+from hashevict_vllm.kernels.triton.mark import replay_kernel, select_kernel
+from hashevict_vllm.kernels.triton.pool import pool_kernel
 from hashevict_vllm.kernels.triton.rule import DeviceRule
-from hashevict_vllm.kernels.triton.votes import vote_kernel
+
+_REPLAYED = (codes.HAMMING_TO_KEY, codes.HAMMING_TO_QUERY, codes.RANDOM)
+"""Rules whose choice depends on the token that asks."""
 
 
-def projections(
-    rule: DeviceRule, pieces: Tensor, num_heads: int, members: int
-) -> Tensor:
-    """Scratch for split queries, where a rule votes: float32 [P, Hkv, b + 2, G']."""
-    shape = (pieces.shape[0] if rule.votes else 0, num_heads, rule.bits + 2, members)
-    return torch.empty(shape, dtype=torch.float32, device=pieces.device)
+def frames(rule: DeviceRule, step: Step, page: Page, sizes: Sizes) -> Tensor:
+    """The frames of a round's pieces: float64 [P, Hkv, 3, D]."""
+    num_pieces, num_heads = step.pieces.shape[0], step.heads
+    shape = (num_pieces, num_heads, FRAME_VECTORS.value, sizes.dim)
+    made = torch.empty(shape, dtype=torch.float64, device=step.pieces.device)
+    if rule.sinks or rule.window:
+        frame_kernel[(num_pieces, num_heads)](
+            made, step, page, rule=rule, sizes=sizes, **launch.FRAME_OPTIONS
+        )
+    return made
 
 
-def frames(rule: DeviceRule, pieces: Tensor, k_cache: Tensor) -> Tensor:
-    """Scratch for frames, where a rule votes: float64 [P, Hkv, 3, D]."""
-    num_pieces = pieces.shape[0] if rule.votes else 0
-    shape = (num_pieces, k_cache.shape[1], FRAME_VECTORS.value, k_cache.shape[3])
-    return torch.empty(shape, dtype=torch.float64, device=pieces.device)
-
-
-@torch.library.custom_op("hashevict::mark", mutates_args=("tail",))
 def mark(
-    q: Tensor,
-    signatures: Tensor,
-    pieces: Tensor,
-    block_table: Tensor,
-    k_cache: Tensor,
-    k_scale: Tensor | None,
-    tail: Tensor,
-    projection: Tensor,
-    scale: float,
-    factor: float,
-    decay: float,
-    rule: Sequence[int],
+    tokens: Tokens,
+    signed: Signed,
+    step: Step,
+    page: Page,
+    estimate: Estimate,
+    rule: DeviceRule,
     bound: int,
+    longest: int,
 ) -> None:
-    """Mark the losers of every piece, by replay or by votes.
+    """Mark the losers of every piece.
 
     Args:
-        q: As `ops.write`.
-        signatures: As `ops.write`.
-        pieces: int32 [P, columns], the pieces that overflow the budget or vote.
-        block_table: As `ops.write`.
-        k_cache: As `ops.write`.
-        k_scale: As `ops.write`.
-        tail: As `ops.write`.
-        projection: As `ops.write`.
-        scale: As `ops.write`.
-        factor: As `ops.write`.
-        decay: As `ops.write`.
-        rule: See `ops`.
-        bound: See `ops`.
+        tokens: As `ops.write`.
+        signed: As `ops.write`.
+        step: Of the pieces that overflow the budget, or whose segment is voted on.
+        page: As `ops.write`.
+        estimate: As `ops.ballot`.
+        rule: What kernels are compiled for.
+        bound: Most slots of any request of the batch, which the host knows.
+        longest: Positions, at least of every token of these requests.
 
     """
-    r = DeviceRule(*rule)
-    num_pieces, num_heads = pieces.shape[0], tail.shape[1]
-    group = q.shape[1] // num_heads
-    launch.check_rows(q=q, k_cache=k_cache, tail=tail)
+    num_pieces = step.pieces.shape[0]
     if num_pieces == 0:
         return
-    grid = (num_pieces, num_heads)
-    strides = (block_table.stride(0), *tail.stride()[:3])
-    tile = launch.scan_tile(bound)
-    if not r.votes:
-        replay_kernel[grid](
-            signatures,
-            pieces,
-            block_table,
-            tail,
-            num_heads,
-            *strides,
-            KIND=r.kind,
-            WORDS=r.words,
-            GROUP=group,
-            SALT=r.salt,
-            SINKS=r.sinks,
-            RECENT=r.recent,
-            BUDGET=r.budget,
-            HASHED=r.hashed,
-            N=tail.shape[3],
-            TILE=tile,
-            **launch.SCAN_OPTIONS,
-        )
+    grid = (num_pieces, step.heads)
+    sizes = Sizes.of(rule, page, tokens.q.shape[1] // step.heads)
+    options = {"rule": rule, "sizes": sizes, **launch.SCAN_OPTIONS}
+    if rule.kind in _REPLAYED:
+        tile = launch.scan_tile(bound)
+        replay_kernel[grid](signed, step, page, **options, TILE=tile)
         return
-    members = launch.padded(group)
-    vote_kernel[grid](
-        q,
-        projection,
-        projections(r, pieces, num_heads, members),
-        frames(r, pieces, k_cache),
-        pieces,
-        block_table,
-        k_cache,
-        k_scale,
-        tail,
-        scale,
-        factor,
-        r.bits,
-        q.shape[2],
-        decay,
-        num_heads,
-        *q.stride()[:2],
-        block_table.stride(0),
-        *k_cache.stride()[:3],
-        *tail.stride()[:3],
-        WORDS=r.words,
-        DIM=q.shape[2],
-        DIM_PADDED=launch.padded(q.shape[2]),
-        BITS=r.bits,
-        GROUP=group,
-        MEMBERS=members,
-        EVERY=r.every,
-        SINKS=r.sinks,
-        STEP=launch.SIGN_STEP,
-        N=tail.shape[3],
-        TILE=launch.vote_tile(group, bound),
-        **launch.SCAN_OPTIONS,
-    )
-    shape = (num_pieces, num_heads, bound)
-    pooled, smooth = (
-        torch.empty(shape, dtype=torch.float32, device=tail.device) for _ in range(2)
-    )
-    # Which neighbours count (policies/vote.py); without pooling a slot is its own.
-    reach = (0, 0) if r.pool == 1 else (SMOOTH, SMOOTH)
-    stages = [(smooth if r.pool > 1 else pooled, *reach, True)]
-    if r.pool > 1:
-        stages.append((pooled, r.pool - AHEAD - 1, AHEAD, False))
-    for target, before, ahead, smooths in stages:
-        pool_kernel[(*grid, triton.cdiv(bound, launch.POOL_TILE))](
-            pieces,
-            block_table,
-            tail,
-            smooth,
-            target,
-            num_heads,
-            bound,
-            *strides,
-            WORDS=r.words,
-            BEFORE=before,
-            AHEAD=ahead,
-            SMOOTHS=smooths,
-            N=tail.shape[3],
-            TILE=launch.POOL_TILE,
-            NEIGHBOURS=launch.POOL_NEIGHBOURS,
-            num_warps=4,
-        )
-    select_kernel[grid](
-        pieces,
-        block_table,
-        tail,
-        pooled,
-        num_heads,
-        bound,
-        *strides,
-        WORDS=r.words,
-        SINKS=r.sinks,
-        RECENT=r.recent,
-        BUDGET=r.budget,
-        N=tail.shape[3],
-        TILE=tile,
-        **launch.SCAN_OPTIONS,
-    )
+    pooled = None
+    if rule.votes:
+        _vote(tokens, step, page, estimate, rule, sizes, bound)
+        pooled = _pool(step, page, rule, sizes, bound, longest)
+    tile = launch.scan_tile(bound)
+    select_kernel[grid](step, page, pooled, bound, **options, TILE=tile)
 
 
-@torch.library.custom_op(
-    "hashevict::compact", mutates_args=("k_cache", "v_cache", "tail")
-)
-def compact(
-    pieces: Tensor,
-    block_table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tail: Tensor,
-    rule: Sequence[int],
+def _vote(
+    tokens: Tokens,
+    step: Step,
+    page: Page,
+    estimate: Estimate,
+    rule: DeviceRule,
+    sizes: Sizes,
     bound: int,
 ) -> None:
+    """Votes of a segment's last queries, see `segment`."""
+    num_pieces, heads, window = step.pieces.shape[0], step.heads, rule.window
+    tiles = triton.cdiv(bound, launch.SEGMENT_TILE)
+    queries = (num_pieces, heads, window)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(
+            (*queries, *shape), dtype=torch.float32, device=page.tail.device
+        )
+
+    asked = Asked(
+        projected=empty(rule.bits + 2, sizes.members),
+        tops=empty(sizes.members, tiles),
+        sums=empty(sizes.members, tiles),
+        totals=empty(sizes.members, 2),
+    )
+    common = {"rule": rule, "sizes": sizes}
+    tiled = {
+        **common,
+        "ROWS": max(launch.SEGMENT_ROWS, sizes.members),
+        "TILE": launch.SEGMENT_TILE,
+        **launch.SEGMENT_OPTIONS,
+    }
+    segment.ask_kernel[(window, num_pieces, heads)](
+        tokens,
+        step,
+        estimate,
+        asked,
+        frames(rule, step, page, sizes),
+        **common,
+        STEP=launch.SIGN_STEP,
+        num_warps=4,
+    )
+    segment.tops_kernel[(tiles, num_pieces, heads)](step, page, asked, tiles, **tiled)
+    segment.totals_kernel[(window * sizes.members, num_pieces, heads)](
+        step,
+        asked,
+        tiles,
+        **common,
+        SLOTS=launch.SEGMENT_TILE,
+        TILE=launch.TOTALS_TILE,
+        num_warps=1,
+    )
+    segment.add_kernel[(tiles, num_pieces, heads)](step, page, asked, **tiled)
+
+
+def _pool(
+    step: Step, page: Page, rule: DeviceRule, sizes: Sizes, bound: int, longest: int
+) -> Tensor:
+    """Votes by slot as they decide who stays: float32 [P, Hkv, bound]."""
+    num_pieces, heads = step.pieces.shape[0], step.heads
+    float32 = {"dtype": torch.float32, "device": page.tail.device}
+    pooled = torch.empty((num_pieces, heads, bound), **float32)
+    by_position = (num_pieces, heads, longest)
+    spread, smooth = (torch.zeros(by_position, **float32) for _ in range(2))
+    # Which neighbours count (policies/vote.py); without pooling a slot is its own.
+    stages = [(spread, spread, 0, 0, 0)]
+    if rule.pool > 1:
+        stages.append((spread, smooth, 1, SMOOTH, SMOOTH))
+        stages.append((smooth, pooled, 2, rule.pool - AHEAD - 1, AHEAD))
+    else:
+        stages.append((spread, pooled, 2, 0, 0))
+    for read, written, stage, before, ahead in stages:
+        pool_kernel[(num_pieces, heads, triton.cdiv(bound, launch.POOL_TILE))](
+            step,
+            page,
+            read,
+            written,
+            longest,
+            bound,
+            rule=rule,
+            sizes=sizes,
+            STAGE=stage,
+            BEFORE=before,
+            AHEAD=ahead,
+            TILE=launch.POOL_TILE,
+            num_warps=4,
+        )
+    return pooled
+
+
+def compact(step: Step, page: Page, rule: DeviceRule, bound: int) -> None:
     """Move the survivors of complete segments into the marked slots.
 
     Args:
-        pieces: int32 [P, columns]; those that are not compacted are left alone.
-        block_table: As `ops.write`.
-        k_cache: As `ops.write`.
-        v_cache: As `ops.write`.
-        tail: As `ops.write`.
-        rule: See `ops`.
-        bound: See `ops`.
+        step: Pieces that are not compacted are left alone.
+        page: As `ops.write`.
+        rule: What kernels are compiled for.
+        bound: Most slots of any request of the batch, which the host knows.
 
     """
-    r = DeviceRule(*rule)
-    num_pieces, num_heads = pieces.shape[0], tail.shape[1]
-    launch.check_rows(k_cache=k_cache, v_cache=v_cache, tail=tail)
-    width = min(r.budget, bound - r.budget)
+    num_pieces, num_heads = step.pieces.shape[0], step.heads
+    width = min(rule.budget, bound - rule.budget)
     if num_pieces == 0 or width <= 0:
         return
-    head_dim, device = k_cache.shape[3], tail.device
-    moves = torch.empty(
-        (num_pieces, num_heads, width, 2), dtype=torch.int32, device=device
-    )
-    num_moves = torch.empty((num_pieces, num_heads), dtype=torch.int32, device=device)
+    shape, device = (num_pieces, num_heads, width, 2), page.tail.device
+    moves = torch.empty(shape, dtype=torch.int32, device=device)
+    num_moves = torch.empty(shape[:2], dtype=torch.int32, device=device)
+    common = {"rule": rule, "sizes": Sizes.of(rule, page, 1)}
     pair_kernel[(num_pieces, num_heads)](
-        pieces,
-        block_table,
-        tail,
+        step,
+        page,
         moves,
         num_moves,
-        num_heads,
         width,
-        block_table.stride(0),
-        *tail.stride()[:3],
-        WORDS=r.words,
-        BUDGET=r.budget,
-        N=tail.shape[3],
+        **common,
         TILE=launch.scan_tile(bound),
         **launch.SCAN_OPTIONS,
     )
-    rows = launch.move_rows(head_dim)
+    rows = launch.move_rows(page.k.shape[3])
+    raw = page._replace(k=launch.as_integers(page.k), v=launch.as_integers(page.v))
     move_kernel[(num_pieces, num_heads, triton.cdiv(width, rows))](
-        pieces,
-        block_table,
-        launch.as_integers(k_cache),
-        launch.as_integers(v_cache),
-        tail,
-        moves,
-        num_moves,
-        num_heads,
-        width,
-        block_table.stride(0),
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *tail.stride()[:3],
-        WORDS=r.words,
-        DIM=head_dim,
-        DIM_PADDED=launch.padded(head_dim),
-        N=tail.shape[3],
-        ROWS=rows,
-        num_warps=4,
+        step, raw, moves, num_moves, width, **common, ROWS=rows, num_warps=4
     )
-
-
-@mark.register_fake
-@compact.register_fake
-def _in_place(*_: object) -> None:
-    """Operators write into their arguments and return nothing."""

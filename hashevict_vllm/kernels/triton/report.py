@@ -9,23 +9,23 @@ from __future__ import annotations
 import dataclasses
 
 from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.triton import launch
 from hashevict_vllm.kernels.triton.aot import ARCHITECTURES, compile_launch
+from hashevict_vllm.kernels.triton.cost import BANDWIDTH, prompt_table, table
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
 from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
 
-BANDWIDTH = 3.35e12
-"""Bytes per second of an H100 SXM's memory (NVIDIA's data sheet)."""
-
 _WORD, _DOUBLE = 4, 8
-_DECODE = ("plan", "sign", "write", "write, no scan", "frame", "describe")
+_DECODE = ("plan", "sign", "write", "ballot")
 
 
 def floor_bytes(shape: Shape) -> dict[str, int]:
     """Bytes that each launch must move, every one counted once.
 
-    Decode kernels: ``shape.tokens`` requests, each evicting a token. The others: one
-    segment of one request with a full budget, half of whose survivors move. With votes
-    a decoding token casts a ballot, which is so for one of ``vote_every``.
+    Decode kernels: ``shape.tokens`` requests, each evicting a token, and casting a
+    ballot, which is so for one of ``vote_every``; a ballot finds so many keys that are
+    to be described. The others: one segment of one request with a full budget, half of
+    whose survivors move, and what copies a prompt's tokens, ``shape.segment`` of them.
     """
     rule, heads, dim = shape.rule, shape.heads, shape.head_dim
     element = shape.dtype.itemsize
@@ -33,30 +33,38 @@ def floor_bytes(shape: Shape) -> dict[str, int]:
     described = _WORD * (shape.group + 1) * (rule.hashed + 1)
     meta = _WORD * (rule.words + 1)
     row = 2 * dim * (element + slot_element) + meta
-    segment_rows = heads * shape.bound
+    slots = heads * shape.bound
     moves = heads * min(shape.budget, shape.segment) // 2
-    # A vote reads signature, numbers, votes and position, and writes votes; it needs
-    # the sinks' keys, too.
-    scan = shape.budget * (meta + (_WORD if rule.votes else 0))
     hashed = shape.tokens * heads * (dim * element * (shape.group + 1) + described)
-    votes = rule.votes
-    queries = dim * element * shape.group * heads + _WORD * dim * rule.bits
-    sinks = rule.sinks * dim * slot_element
-    frame = FRAME_VECTORS.value * dim * _DOUBLE
+    projection = _WORD * dim * rule.bits
+    sinks = heads * rule.sinks * dim * slot_element
+    frame = heads * FRAME_VECTORS.value * dim * _DOUBLE
+    # A score is a word, or a signature; an order of votes needs the position, too.
+    scanned = _WORD * (2 if rule.votes else rule.words + 1)
+    # A ballot reads all words and writes votes.
+    voted = heads * (shape.budget * (meta + _WORD) + rule.every * dim * slot_element)
+    queries = rule.window * heads * shape.group
+    tops = 2 * _WORD * queries * -(-shape.bound // launch.SEGMENT_TILE)
+    asked = _WORD * queries * (rule.bits + 2)
     return {
         "plan": shape.tokens * _WORD * 16,
-        "sign": hashed + _WORD * dim * rule.bits,
-        "write": shape.tokens * heads * (scan + row)
-        + (shape.tokens * (queries + heads * sinks) if votes else 0),
-        "frame": shape.tokens * heads * (sinks + frame),
-        "describe": shape.tokens * heads * (frame + dim * slot_element + meta)
-        + _WORD * dim * rule.bits,
-        "write, no scan": shape.tokens * heads * row,
-        "replay": segment_rows * meta + heads * shape.segment * _WORD,
-        "vote": segment_rows * (meta + _WORD) + heads * sinks if votes else 0,
-        "pool": segment_rows * _WORD * 3,  # one of two launches
-        "select": segment_rows * _WORD * 3 + heads * shape.segment * _WORD,
-        "pair": segment_rows * _WORD + moves * 2 * _WORD,
+        "sign": hashed + projection,
+        "write": shape.tokens * heads * (shape.budget * scanned + row),
+        "ballot": shape.tokens * (voted + sinks + heads * shape.group * dim * element)
+        + projection,
+        "write, no scan": shape.segment * heads * row,
+        "frame": sinks + frame,
+        "describe": shape.segment * heads * (dim * slot_element + meta)
+        + frame
+        + projection,
+        "replay": slots * meta + heads * shape.segment * _WORD,
+        "ask": queries * dim * element + frame + projection + asked,
+        "tops": slots * (meta - _WORD) + asked + tops,
+        "totals": tops + 2 * _WORD * queries,
+        "add": slots * (meta + _WORD) + asked + 2 * _WORD * queries,
+        "pool": slots * _WORD * 3,  # one of three launches
+        "select": slots * _WORD * 2 + heads * shape.segment * _WORD,
+        "pair": slots * _WORD + moves * 2 * _WORD,
         "move": moves * 2 * (2 * dim * slot_element + meta),
     }
 
@@ -64,7 +72,7 @@ def floor_bytes(shape: Shape) -> dict[str, int]:
 def _floor_table(shape: Shape) -> list[str]:
     floors = floor_bytes(shape)
     lines = ["| kernel | bytes | per token | µs at 3.35 TB/s |", "|---|---:|---:|---:|"]
-    for name in dict.fromkeys(launch.name for launch in shape.launches()):
+    for name in dict.fromkeys(made.name for made in shape.launches()):
         decode = name in _DECODE
         tokens = shape.tokens if decode else shape.segment
         moved = floors[name]
@@ -83,16 +91,16 @@ def _resource_table() -> list[str]:
         "|---|---|---:|" + "---:|" * (len(ARCHITECTURES) + 2),
     ]
     for label, shape in SHAPES.items():
-        for launch in shape.launches():
+        for made in shape.launches():
             cells, used = [], []
             for architecture in ARCHITECTURES:
-                if not launch.runs_on(architecture):
+                if not made.runs_on(architecture):
                     cells.append("–")
                     continue
-                used.append(compile_launch(launch, architecture))
+                used.append(compile_launch(made, architecture))
                 cells.append(str(used[-1].registers))
             lines.append(
-                f"| {label} | `{launch.name}` | {used[0].threads} "
+                f"| {label} | `{made.name}` | {used[0].threads} "
                 f"| {' | '.join(cells)} | {max(r.shared for r in used):,} "
                 f"| {max(r.stack for r in used)}, {max(r.local for r in used)} |"
             )
@@ -100,12 +108,16 @@ def _resource_table() -> list[str]:
 
 
 def main() -> None:
-    """Print both tables as Markdown."""
+    """Print the tables as Markdown."""
     decode = Shape()
     for kind, label in ((decode.kind, "instant"), (codes.VOTE, "vote")):
         shape = dataclasses.replace(decode, kind=kind)
         print(f"### `scoring = {label}`\n")
         print("\n".join(_floor_table(shape)), end="\n\n")
+    print("### A decode step\n")
+    print("\n".join(table()), end="\n\n")
+    print("### The end of a segment\n")
+    print("\n".join(prompt_table()), end="\n\n")
     print("### Compiled\n")
     print("\n".join(_resource_table()))
 

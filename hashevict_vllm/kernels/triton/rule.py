@@ -11,7 +11,7 @@ _SALT = 0xC2B2AE3D
 
 
 class DeviceRule(NamedTuple):
-    """A rule as operators take it (``list(rule)``); all become compile-time constants.
+    """A rule as kernels take it, a compile-time constant as a whole.
 
     Attributes:
         kind: Kind of score, see `hashevict_vllm.kernels.codes`.

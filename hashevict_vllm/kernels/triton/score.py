@@ -51,10 +51,8 @@ def slot_scores(
     sources,
     t,
     word_stride,
-    KIND: tl.constexpr,
-    WORDS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SALT: tl.constexpr,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
 ):
     """How dispensable slots are: int32 [n], see the rules in `policies`.
 
@@ -65,55 +63,47 @@ def slot_scores(
         sources: int32 pointer to the token's signatures [G + 1, W], the key's last.
         t: int32, position of the new token.
         word_stride: Words between two words of a slot.
-        KIND: `hashevict_vllm.kernels.codes`.
-        WORDS: Words of the rule per slot.
-        GROUP: G.
-        SALT: See `mix`.
+        rule: `DeviceRule`.
+        sizes: `Sizes`.
 
     """
-    if KIND == HAMMING_TO_QUERY:
-        return _summed_distance(meta, used, sources, word_stride, 0, GROUP, WORDS)
-    elif KIND == HAMMING_TO_KEY:
+    group: tl.constexpr = sizes.group
+    if rule.kind == HAMMING_TO_QUERY:
+        return _summed_distance(meta, used, sources, word_stride, 0, group, rule.words)
+    elif rule.kind == HAMMING_TO_KEY:
         return _summed_distance(
-            meta, used, sources, word_stride, GROUP, GROUP + 1, WORDS
+            meta, used, sources, word_stride, group, group + 1, rule.words
         )
-    elif KIND == NORM:
+    elif rule.kind == NORM:
         return tl.load(meta, mask=used, other=0)  # bits order as the float does
-    elif KIND == RANDOM:
-        return mix(position, t, SALT)
-    elif KIND == VOTE:
-        votes = tl.load(meta + (WORDS - 1) * word_stride, mask=used, other=0)
+    elif rule.kind == RANDOM:
+        return mix(position, t, rule.salt)
+    elif rule.kind == VOTE:
+        votes = tl.load(meta + (rule.words - 1) * word_stride, mask=used, other=0)
         # Fewest first; nearly equal ones tie.
         return ((votes >> 16) ^ 0x7FFF) & 0x7FFF
     else:
-        tl.static_assert(KIND == RECENCY, "no such kind of score")
+        tl.static_assert(rule.kind == RECENCY, "no such kind of score")
         return tl.zeros(used.shape, tl.int32)
 
 
 @triton.jit
 def find_victims(
-    tail,
-    table,
-    live,
-    head,
-    sources,
-    t,
-    block_stride,
-    head_stride,
-    word_stride,
-    KIND: tl.constexpr,
-    WORDS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SALT: tl.constexpr,
-    SINKS: tl.constexpr,
-    RECENT: tl.constexpr,
-    N: tl.constexpr,
-    TILE: tl.constexpr,
+    at, live, sources, t, rule: tl.constexpr, sizes: tl.constexpr, TILE: tl.constexpr
 ):
     """Scan the first ``live`` slots; every lane keeps the best of those it saw.
 
     Positions below the sinks or above ``t - 1 - recent`` are protected; slots marked
     ``~position`` are dead and, being negative, below the sinks.
+
+    Args:
+        at: `Head`.
+        live: int32, slots that stand before the token.
+        sources: See `slot_scores`.
+        t: See `slot_scores`.
+        rule: `DeviceRule`.
+        sizes: `Sizes`.
+        TILE: Slots per step.
 
     Returns:
         int64 [TILE], score and age in one number that orders victims, -1 for none; its
@@ -124,15 +114,14 @@ def find_victims(
     lane = tl.arange(0, TILE)
     best = tl.full([TILE], -1, tl.int64)
     best_slot = tl.zeros([TILE], tl.int32)
+    word = at.page.word
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
-        meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
-        position = tl.load(meta + WORDS * word_stride, mask=used, other=-1)
-        score = slot_scores(
-            meta, used, position, sources, t, word_stride, KIND, WORDS, GROUP, SALT
-        )
-        allowed = (position >= SINKS) & (position <= t - 1 - RECENT)
+        meta = meta_of(at, slots, used, sizes)
+        position = tl.load(meta + rule.words * word, mask=used, other=-1)
+        score = slot_scores(meta, used, position, sources, t, word, rule, sizes)
+        allowed = (position >= rule.sinks) & (position <= t - 1 - rule.recent)
         order = (score.to(tl.int64) << 32) | (position ^ _INT32_MAX).to(tl.int64)
         order = tl.where(used & allowed, order, -1)
         better = order > best

@@ -10,6 +10,14 @@ from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.aot import Launch, recorded_launches
+from hashevict_vllm.kernels.triton.arguments import (
+    Estimate,
+    Page,
+    Scratch,
+    Signed,
+    Step,
+    Tokens,
+)
 from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.kernels.triton.rule import DeviceRule, make_salt
 
@@ -60,7 +68,7 @@ class Shape:
             kind=self.kind,
             words=num_words(bits) + _WORDS_BESIDE_SIGNATURE.get(self.kind, 0),
             bits=bits,
-            sinks=16 if self.kind == codes.VOTE else 4,
+            sinks=4,
             recent=self.budget // 4,
             salt=make_salt(0),
             budget=self.budget,
@@ -77,53 +85,53 @@ class Shape:
         return self.budget + self.segment
 
     def launches(self) -> list[Launch]:
-        """What the operators launch for this shape, in decode and for a segment."""
-        rule, tokens = self.rule, self.tokens
-        heads, group, dim = self.heads, self.group, self.head_dim
-        q = torch.empty(tokens, heads * group, dim, dtype=self.dtype)
-        k = torch.empty(tokens, heads, dim, dtype=self.dtype)
-        signatures = torch.empty(tokens, heads, group + 1, rule.hashed).int()
-        squares = torch.empty(tokens, heads, group + 1)
-        projection = torch.empty(dim, max(rule.bits, 1))
-        slots = torch.zeros(tokens, heads).int()
-        cache_dtype = self.cache_dtype or self.dtype
-        content = heads * self.block_size * 2 * dim
-        page = content + heads * (rule.words + 1) * self.block_size * 4
-        pages = view_pages(
-            torch.empty(2, page, dtype=cache_dtype)[:, :content].unflatten(
-                1, (heads, self.block_size, 2 * dim)
-            ),
-            rule.words,
+        """What is launched for this shape, in decode and for a segment."""
+        rule, count, heads = self.rule, self.tokens, self.heads
+        q = torch.empty(count, heads * self.group, self.head_dim, dtype=self.dtype)
+        k = torch.empty(count, heads, self.head_dim, dtype=self.dtype)
+        tokens = Tokens.of(q, k, k)
+        signed = Signed(
+            torch.empty(count, heads, self.group + 1, rule.hashed).int(),
+            torch.empty(count, heads, self.group + 1),
         )
-        cache = (pages.k, pages.v, pages.tail)
-        table = torch.zeros(tokens, -(-self.bound // self.block_size)).int()
-        pieces = torch.zeros(tokens, ops.NUM_COLUMNS).int()
-        ints = [torch.zeros(tokens + 1).int() for _ in range(6)]
-        scale = torch.ones(1) if cache_dtype.itemsize == 1 else None
-        signed, votes = (
-            (signatures, squares),
-            (0.1, 0.125, 0.85, list(rule), self.bound),
+        page = self._page()
+        projection = torch.empty(self.head_dim, max(rule.bits, 1))
+        estimate = Estimate.of(projection, 0.1, 0.125, 0.85)
+        table = torch.zeros(count, -(-self.bound // self.block_size)).int()
+        pieces = torch.zeros(count, ops.NUM_COLUMNS).int()
+        starts, lens, prompts, done, live, owner = (
+            torch.zeros(count + 1).int() for _ in range(6)
         )
+        step = Step.of(pieces, owner, table, heads)
+        scratch = Scratch.of(rule, 16, self.group, self.head_dim, q.device)
+        made_up = torch.zeros(count + 1, dtype=torch.int64)
+        plan = (starts, lens, prompts, done, pieces, live, owner, rule, True)
         with recorded_launches() as launches:
-            ops.plan(*ints[:4], pieces, ints[4], ints[5], list(rule), True)
+            ops.plan(*plan, made_up)
             if rule.signs:
-                ops.sign(q, k, projection, *signed, list(rule))
-            for scans in (True, False):
-                ops.write(
-                    q, k, k, *signed, pieces, ints[5], table, *cache, scale, scale,
-                    projection, slots, *votes, scans,
-                )  # fmt: skip
+                ops.sign(tokens, projection, signed, rule)
+            layer = (tokens, signed, step, page)
+            queries = torch.empty_like(q) if rule.votes else None
+            alone = (tokens, signed, step._replace(token_piece=None), page)
+            ops.write(*alone, rule, True, queries=queries)
             if rule.votes:
-                ops.describe(
-                    pieces, ints[5], slots, table, pages.k, scale, pages.tail,
-                    projection, list(rule),
-                )  # fmt: skip
-            ops.mark(
-                q, signatures, pieces, table, pages.k, scale, pages.tail, projection,
-                *votes,
-            )  # fmt: skip
-            ops.compact(pieces, table, *cache, list(rule), self.bound)
+                ops.ballot(tokens, step, page, estimate, scratch, rule)
+            ops.write(*layer, rule, False)
+            if rule.votes:
+                ops.describe(step, page, projection, rule)
+            ops.mark(*layer, estimate, rule, self.bound, 4 * self.bound)
+            ops.compact(step, page, rule, self.bound)
         return launches
+
+    def _page(self) -> Page:
+        """Two blocks of a layer."""
+        cache_dtype, words = self.cache_dtype or self.dtype, self.rule.words
+        shape = (self.heads, self.block_size, 2 * self.head_dim)
+        content = self.heads * self.block_size * 2 * self.head_dim
+        size = content + self.heads * (words + 1) * self.block_size * 4
+        cache = torch.empty(2, size, dtype=cache_dtype)[:, :content]
+        scale = torch.ones(1) if cache_dtype.itemsize == 1 else None
+        return Page.of(view_pages(cache.unflatten(1, shape), words), scale, scale)
 
 
 SHAPES = {

@@ -1,8 +1,9 @@
-"""Votes of queries on slots (`hashevict_vllm.policies.vote`).
+"""Ballots of tokens that decode (`hashevict_vllm.policies.vote`).
 
 A slot's words are its signature, packed numbers (`hashevict_vllm.policies.frame`) and
 its votes, which are float32. How an attention logit is guessed from them is
-`estimated_logits`.
+`estimated_logits`. A ballot touches the tail of the layer's pages and its own scratch,
+and reads keys; attention reads keys and values. So both may run at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.codes import UNDESCRIBED
+from hashevict_vllm.kernels.triton.describe import write_descriptions
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, write_frame
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
@@ -17,16 +20,16 @@ from hashevict_vllm.kernels.triton.pieces import (
     EVICT,
     FIRST_VOTER,
     NUM_COLUMNS,
-    REQUEST,
     ROW,
     SLOT,
     START,
 )
 from hashevict_vllm.kernels.triton.queries import project_queries
-from hashevict_vllm.kernels.triton.slots import meta_of
+from hashevict_vllm.kernels.triton.slots import head_of, meta_of
 
-_NO_LOGIT = tl.constexpr(-3.4e38)
-"""Of slots that get no votes; not -inf, as its distance to itself is not a number."""
+_UNDESCRIBED = tl.constexpr(UNDESCRIBED)
+_AT_ONCE = tl.constexpr(16)
+"""Slots described at a time."""
 
 
 @triton.jit
@@ -37,8 +40,8 @@ def estimated_logits(
     member,
     bits,
     word_stride,
-    BITS: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
 ):
     """Logits of queries and slots from the tail (`Vote.dot_products`).
 
@@ -49,19 +52,20 @@ def estimated_logits(
         member: int32 [G'], its columns.
         bits: b, unknown to the compiler, which would unroll the sum and spill.
         word_stride: Words between two words of a slot.
-        BITS: b.
-        MEMBERS: G'.
+        rule: `DeviceRule`.
+        sizes: `Sizes`.
 
     Returns:
         float32 [G', n].
 
     """
-    hashed: tl.constexpr = (BITS + 31) // 32
-    total = tl.zeros([MEMBERS, used.shape[0]], tl.float32)
+    hashed: tl.constexpr = sizes.hashed
+    members: tl.constexpr = sizes.members
+    total = tl.zeros([members, used.shape[0]], tl.float32)
     for w in tl.static_range(hashed):
         word = tl.load(meta + w * word_stride, mask=used, other=0)
         for j in range(tl.minimum(bits - w * 32, 32)):
-            t = tl.load(projected + (w * 32 + j) * MEMBERS + member)
+            t = tl.load(projected + (w * 32 + j) * members + member)
             is_set = ((word >> j) & 1) != 0
             total += tl.where(is_set[None, :], t[:, None], -t[:, None])
     numbers = tl.load(meta + hashed * word_stride, mask=used, other=0)
@@ -69,281 +73,236 @@ def estimated_logits(
     # Two signed bytes, the lower first; unrolled, this spills too.
     for axis in range(tl.minimum(bits, 2)):
         along = (numbers << (24 - 8 * axis) >> 24).to(tl.float32)
-        t = tl.load(projected + (BITS + axis) * MEMBERS + member)
+        t = tl.load(projected + (rule.bits + axis) * members + member)
         total += t[:, None] * along[None, :]
     step = ((numbers >> 24 & 255) << 23).to(tl.float32, bitcast=True)
     return total * step[None, :]
 
 
 @triton.jit
-def _finite(logits, used):
-    """Logits [G', n], those that are not finite or not used less than any other."""
-    known = used[None, :] & (tl.abs(logits) < float("inf"))
-    return tl.where(known, logits, _NO_LOGIT)
+def finite_logits(logits, asked):
+    """Logits [G', n], -inf where a slot is not asked about or has no finite one."""
+    known = asked & (tl.abs(logits) < float("inf"))
+    return tl.where(known, logits, float("-inf"))
 
 
 @triton.jit
-def cast_votes(
-    tail,
-    table,
+def _describe_new(
+    at,
     live,
-    head,
-    q,
+    found,
     frame,
     projection,
-    projected,
-    scale,
-    factor,
-    bits,
-    length,
-    decay,
-    decodes,
-    oldest_new,
-    q_head_stride,
-    block_stride,
-    head_stride,
-    word_stride,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
+    COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
-    N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The first ``live`` slots gain the most attention that a query of the group pays.
-
-    In decode votes fade first, and slots that came since the last ballot start from the
-    mean of the others. Two passes: largest logit and sum of every query, and the mean;
-    then the votes. Ends with a barrier, so that the program may read what it wrote.
+    """Describe those of the first ``live`` slots that are not. Ends with a barrier.
 
     Args:
-        tail: int32 pointer, see `meta_of`.
-        table: int32 pointer to the request's block numbers.
-        live: int32, slots that stand before the voting token, at least one.
-        head: KV head.
-        q: Pointer to the token's first query of the group.
+        at: `Head`.
+        live: int32.
+        found: int32 pointer [C], scratch of this program.
         frame: float64 pointer [3, D], from `write_frame`.
-        projection: float32 pointer [D, b].
-        projected: float32 pointer [b + 2, G'], scratch of this program.
-        scale: Softmax scale.
-        factor: See `hashevict_vllm.policies.vote.estimate_scale`.
-        bits: See `estimated_logits`.
-        length: D, likewise unknown to the compiler.
-        decay: Factor on earlier votes.
-        decodes: Whether the token decodes, so that votes fade.
-        oldest_new: First position since the last ballot.
-        q_head_stride: Elements between heads of q.
-        block_stride: See `meta_of`.
-        head_stride: See `meta_of`.
-        word_stride: See `meta_of`.
-        WORDS: Words of the rule per slot; the last are the votes.
-        DIM: D.
-        DIM_PADDED: The power of two from D on.
-        BITS: b.
-        GROUP: G.
-        MEMBERS: G', a power of two.
-        STEP: Elements of D per step of the projection.
-        N: Slots of a block.
-        TILE: Slots per step.
+        projection: float32 [D, b], contiguous.
+        rule: `DeviceRule`.
+        sizes: `Sizes`.
+        COLUMNS: See `write_descriptions`.
+        STEP: See `write_descriptions`.
+        TILE: Slots per step of the search.
 
     """
-    lane, member = tl.arange(0, TILE), tl.arange(0, MEMBERS)
-    project_queries(
-        q,
-        q_head_stride,
-        frame,
-        projection,
-        projected,
-        scale,
-        factor,
-        length,
-        DIM,
-        DIM_PADDED,
-        BITS,
-        GROUP,
-        MEMBERS,
-        STEP,
-    )
-    top = tl.full([MEMBERS], _NO_LOGIT, tl.float32)
-    total = tl.zeros([MEMBERS], tl.float32)
-    faded = tl.zeros([TILE], tl.float32)
-    others = tl.zeros([TILE], tl.float32)
+    lane = tl.arange(0, TILE)
+    count = 0
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
-        meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
-        logits = estimated_logits(
-            meta, used, projected, member, bits, word_stride, BITS, MEMBERS
+        meta = meta_of(at, slots, used, sizes)
+        word = tl.load(meta + (rule.words - 2) * at.page.word, mask=used, other=0)
+        new = used & (word == _UNDESCRIBED)
+        one = new.to(tl.int32)
+        rank = count + tl.cumsum(one, 0) - 1
+        tl.store(found + rank, slots, mask=new)
+        count += tl.sum(one, 0)
+    tl.debug_barrier()
+    index = tl.arange(0, _AT_ONCE)
+    for first in range(0, count, _AT_ONCE):
+        used = first + index < count
+        slot = tl.load(found + first + index, mask=used, other=0)
+        nothing = tl.zeros([_AT_ONCE], tl.int32)
+        write_descriptions(
+            at.page,
+            at.table + nothing,
+            at.index,
+            slot,
+            used,
+            frame + nothing,
+            projection,
+            rule,
+            sizes,
+            COLUMNS,
+            STEP,
         )
-        logits = _finite(logits, used)
-        higher = tl.maximum(top, tl.max(logits, 1))
-        here = tl.sum(tl.exp(logits - higher[:, None]), 1)
-        total = total * tl.exp(top - higher) + here
-        top = higher
-        kept = meta + (WORDS - 1) * word_stride
-        votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-        position = tl.load(meta + WORDS * word_stride, mask=used, other=0)
-        old = used & (position < oldest_new)
-        faded += tl.where(old, votes * decay, 0.0)
-        others += old.to(tl.float32)
-    mean = tl.sum(faded, 0) / tl.maximum(tl.sum(others, 0), 1.0)
-    share = tl.where((member < GROUP) & (top > _NO_LOGIT), 1.0 / total, 0.0)
-    for first in range(0, live, TILE):
-        slots = first + lane
-        used = slots < live
-        meta = meta_of(tail, table, slots, used, head, block_stride, head_stride, N)
-        logits = estimated_logits(
-            meta, used, projected, member, bits, word_stride, BITS, MEMBERS
-        )
-        attention = tl.exp(_finite(logits, used) - top[:, None]) * share[:, None]
-        kept = meta + (WORDS - 1) * word_stride
-        votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-        position = tl.load(meta + WORDS * word_stride, mask=used, other=0)
-        fade = tl.where(position < oldest_new, votes * decay, mean)
-        votes = tl.where(decodes, fade, votes) + tl.max(attention, 0)
-        tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
     tl.debug_barrier()
 
 
 @triton.jit
-def vote_kernel(
-    q,
-    projection,
+def _cast_votes(
+    at,
+    live,
+    own,
     projected,
-    frames,
-    pieces,
-    block_table,
-    k_cache,
-    k_scale,
-    tail,
-    scale,
-    factor,
-    bits,
-    length,
-    decay,
-    num_heads,
-    q_token_stride,
-    q_head_stride,
-    table_stride,
-    k_block_stride,
-    k_head_stride,
-    k_slot_stride,
-    block_stride,
-    head_stride,
-    word_stride,
-    WORDS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    EVERY: tl.constexpr,
-    SINKS: tl.constexpr,
-    STEP: tl.constexpr,
-    N: tl.constexpr,
+    guessed,
+    estimate,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program: the voters of one piece on one KV head, one after the other.
+    """Votes fade, and grow by the most attention that a query of the group pays.
 
-    A piece of a single token has voted while it was written (`write`).
+    Two passes over the slots: logits, their largest and sum for every query; then the
+    votes.
+    Ends with a barrier, so that the program may read what it wrote.
 
     Args:
-        q: [T, Hq, D], elements of a head contiguous, any float dtype.
-        projection: float32 [D, b], contiguous.
-        projected: float32 [P, Hkv, b + 2, G'], scratch.
-        frames: float64 [P, Hkv, 3, D], scratch.
-        pieces: int32 [P, columns], see `pieces`.
-        block_table: int32 [R, max blocks].
-        k_cache: See `load_key`; the sinks' are read.
-        k_scale: See `load_key`.
-        tail: int32, votes in it are updated.
-        scale: See `cast_votes`.
-        factor: See `cast_votes`.
-        bits: See `cast_votes`.
-        length: See `cast_votes`.
-        decay: See `cast_votes`.
-        num_heads: Hkv.
-        q_token_stride: Elements between tokens of q.
-        q_head_stride: Elements between heads of q.
-        table_stride: Elements between rows of the block table.
-        k_block_stride: See `key_rows`.
-        k_head_stride: See `key_rows`.
-        k_slot_stride: See `key_rows`.
-        block_stride: See `meta_of`.
-        head_stride: See `meta_of`.
-        word_stride: See `meta_of`.
-        WORDS: See `cast_votes`.
-        DIM: See `cast_votes`.
-        DIM_PADDED: See `cast_votes`.
-        BITS: See `cast_votes`.
-        GROUP: See `cast_votes`.
-        MEMBERS: See `cast_votes`.
-        EVERY: In decode, one token of so many votes.
-        SINKS: See `write_frame`; nobody votes before they are there.
-        STEP: See `cast_votes`.
-        N: See `cast_votes`.
-        TILE: See `cast_votes`.
+        at: `Head`; all its first ``live`` slots are described.
+        live: int32.
+        own: int32, the voter's position; its slot is not voted on.
+        projected: float32 pointer [b + 2, G'], from `project_queries`.
+        guessed: float32 pointer [G', C], scratch of this program.
+        estimate: `Estimate`.
+        rule: `DeviceRule`; the last of a slot's words are the votes.
+        sizes: `Sizes`.
+        TILE: Slots per step.
 
     """
-    index, head = tl.program_id(0), tl.program_id(1)
-    piece = pieces + index * NUM_COLUMNS
-    count = tl.load(piece + COUNT)
-    if (count < 2) | (tl.load(piece + EVICT) != 0):
-        return
-    table = block_table + tl.load(piece + REQUEST).to(tl.int64) * table_stride
-    row, slot = tl.load(piece + ROW), tl.load(piece + SLOT)
-    start, ballots = tl.load(piece + START), tl.load(piece + BALLOTS)
-    first_voter = tl.load(piece + FIRST_VOTER)
-    if first_voter >= count:
-        return
-    scratch = index * num_heads + head
-    frame = frames + scratch * (FRAME_VECTORS * DIM)
-    write_frame(
-        frame,
-        k_cache,
-        k_scale,
-        table,
-        head,
-        k_block_stride,
-        k_head_stride,
-        k_slot_stride,
-        SINKS,
-        DIM,
-        DIM_PADDED,
-        N,
-    )
-    for i in range(first_voter, count, tl.maximum(ballots, 1)):
-        token = (row + i).to(tl.int64)
-        cast_votes(
-            tail,
-            table,
-            slot + i,
-            head,
-            q + token * q_token_stride + head * GROUP * q_head_stride,
-            frame,
-            projection,
-            projected + scratch * ((BITS + 2) * MEMBERS),
-            scale,
-            factor,
-            bits,
-            length,
-            decay,
-            ballots > 0,
-            start + i - EVERY,
-            q_head_stride,
-            block_stride,
-            head_stride,
-            word_stride,
-            WORDS,
-            DIM,
-            DIM_PADDED,
-            BITS,
-            GROUP,
-            MEMBERS,
-            STEP,
-            N,
-            TILE,
+    members: tl.constexpr = sizes.members
+    lane, member = tl.arange(0, TILE), tl.arange(0, members)
+    bits, word = estimate.bits, at.page.word
+    top = tl.full([members], float("-inf"), tl.float32)
+    total = tl.zeros([members], tl.float32)
+    for first in range(0, live, TILE):
+        slots = first + lane
+        used = slots < live
+        meta = meta_of(at, slots, used, sizes)
+        position = tl.load(meta + rule.words * word, mask=used, other=0)
+        asked = used & (position != own)
+        logits = estimated_logits(
+            meta, used, projected, member, bits, word, rule, sizes
         )
+        logits = finite_logits(logits, asked[None, :])
+        row = guessed + member[:, None] * rule.budget + slots[None, :]
+        tl.store(row, logits, mask=used[None, :] & (member >= 0)[:, None])
+        higher = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # none in a tile
+        here = tl.sum(tl.exp(logits - base[:, None]), 1)
+        total = total * tl.exp(top - base) + here
+        top = higher
+    share = tl.where((member < sizes.group) & (total > 0.0), 1.0 / total, 0.0)
+    top = tl.where(total > 0.0, top, 0.0)
+    tl.debug_barrier()
+    for first in range(0, live, TILE):
+        slots = first + lane
+        used = slots < live
+        meta = meta_of(at, slots, used, sizes)
+        position = tl.load(meta + rule.words * word, mask=used, other=0)
+        row = guessed + member[:, None] * rule.budget + slots[None, :]
+        there = used[None, :] & (member >= 0)[:, None]
+        logits = tl.load(row, mask=there, other=float("-inf"))
+        attention = tl.exp(logits - top[:, None]) * share[:, None]
+        kept = meta + (rule.words - 1) * word
+        votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
+        votes = votes * estimate.decay + tl.max(attention, 0)
+        asked = used & (position != own)
+        tl.store(kept, votes.to(tl.int32, bitcast=True), mask=asked)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["jobs"])
+def ballot_kernel(
+    tokens,
+    step,
+    page,
+    estimate,
+    scratch,
+    jobs,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: pieces and KV heads in turn; the voters of one, in order.
+
+    Comes after the round's tokens are written, and before the layer's next are.
+
+    Args:
+        tokens: `Tokens`; queries are read.
+        step: `Step`; pieces that read a prompt or hold no voter are left out.
+        page: `Page`; signatures, numbers and votes are written, keys read.
+        estimate: `Estimate`.
+        scratch: `Scratch`.
+        jobs: Pieces times KV heads.
+        rule: `DeviceRule`; nobody votes before its sinks are there.
+        sizes: `Sizes`.
+        COLUMNS: See `write_descriptions`.
+        STEP: Elements of D per step of products.
+        TILE: Slots per step.
+
+    """
+    program = tl.program_id(0).to(tl.int64)
+    projected = scratch.projected + program * ((rule.bits + 2) * sizes.members)
+    frame = scratch.frames + program * (FRAME_VECTORS * sizes.dim)
+    found = scratch.found + program * rule.budget
+    guessed = scratch.guessed + program * (rule.budget * sizes.members)
+    for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
+        piece = step.pieces + job // step.heads * NUM_COLUMNS
+        head = job % step.heads
+        count, ballots = tl.load(piece + COUNT), tl.load(piece + BALLOTS)
+        first_voter = tl.load(piece + FIRST_VOTER)
+        if (ballots > 0) & (first_voter < count):
+            evicts = tl.load(piece + EVICT) != 0
+            row, slot = tl.load(piece + ROW), tl.load(piece + SLOT)
+            start = tl.load(piece + START)
+            at = head_of(step, page, piece, head)
+            write_frame(frame, at, rule, sizes)
+            live = tl.where(evicts, slot, slot + count)
+            _describe_new(
+                at,
+                live,
+                found,
+                frame,
+                estimate.projection,
+                rule,
+                sizes,
+                COLUMNS,
+                STEP,
+                TILE,
+            )
+            for i in range(first_voter, count, ballots):
+                token = (row + i).to(tl.int64)
+                group = token * tokens.q_token + head * sizes.group * tokens.q_head
+                project_queries(
+                    tokens.q + group,
+                    tokens.q_head,
+                    frame,
+                    projected,
+                    estimate,
+                    rule,
+                    sizes,
+                    STEP,
+                )
+                live = tl.where(evicts, slot, slot + i)
+                _cast_votes(
+                    at,
+                    live,
+                    start + i,
+                    projected,
+                    guessed,
+                    estimate,
+                    rule,
+                    sizes,
+                    TILE,
+                )
