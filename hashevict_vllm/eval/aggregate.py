@@ -9,8 +9,9 @@
    apart, and not part of 3 and 4.
 3. *Family*: unweighted mean of its tasks that are not weak; a family with none of them
    is listed apart as well.
-4. *Mean*: unweighted mean of the families. A second figure, ``mean (all)``, takes the
-   weak tasks in, by their NLL.
+4. *Mean*: unweighted mean of the families, without the query-agnostic ones, which are
+   listed beside it. A second figure, ``mean (all)``, takes the weak tasks in, by their
+   NLL.
 
 1 means as good as the full cache; values above 1 are kept. The intervals are 95 %
 percentile bootstraps over samples, drawn for the policy and the full cache together
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hashevict_vllm.eval.records import Record
-from hashevict_vllm.eval.tasks.base import Task
+from hashevict_vllm.eval.tasks.base import AGNOSTIC, Task
 
 WEAK = 0.2
 RESAMPLES = 2000
@@ -257,9 +258,17 @@ def _nll(record: Record, budget: int | None) -> float:
     return -sum(counted) / len(counted)
 
 
-def _mean(families: Families) -> Figure:
-    values = np.mean([values for values, _ in families.values()], axis=0)
-    return figure_of(values, sum(n for _, n in families.values()))
+def aware(families: Families) -> Families:
+    """The families of tasks that the cache knows while it is reduced."""
+    return {f: each for f, each in families.items() if not f.endswith(AGNOSTIC)}
+
+
+def _mean(families: Families) -> Figure | None:
+    counted = aware(families)
+    if not counted:
+        return None
+    values = np.mean([values for values, _ in counted.values()], axis=0)
+    return figure_of(values, sum(n for _, n in counted.values()))
 
 
 def figure_of(drawn: Drawn, n: int) -> Figure:

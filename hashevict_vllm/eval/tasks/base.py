@@ -13,6 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+LATE = "_late"
+"""End of the names of tasks whose question is decoded, not read with the prompt."""
+AGNOSTIC = "query-agnostic"
+"""What reports call those; all others reduce the cache when the question is known."""
+
 Tokenizer = Any
 """A transformers tokenizer."""
 
@@ -115,8 +120,9 @@ class Task:
 
     @property
     def family(self) -> str:
-        """The task family it counts for."""
-        return self.name.partition("/")[0]
+        """The task family it counts for; one with known questions has no others."""
+        family = self.name.partition("/")[0]
+        return f"{family}, {AGNOSTIC}" if self.name.endswith(LATE) else family
 
 
 def own_score(sample: Sample, output: Output) -> dict[str, float]:
@@ -153,9 +159,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def chat(tokenizer: Tokenizer, user: str) -> str:
     """A user's turn up to where the answer begins; plain for base models."""
+    return conversation(tokenizer, [{"role": "user", "content": user}])
+
+
+def conversation(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
+    """A conversation up to where the next answer begins; plain for base models."""
     if not tokenizer.chat_template:
-        return user
-    messages = [{"role": "user", "content": user}]
+        return "\n\n".join(message["content"] for message in messages)
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False
     )
