@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ import torch
 from support.models import add_byte_tokenizer, make_llama, random_prompt
 
 from hashevict_vllm.config import KVPolicyError
-from hashevict_vllm.eval import data, grid
+from hashevict_vllm.eval import data, grid, rule_digest
 from hashevict_vllm.eval.engine import EngineOptions, answer, engine
+from hashevict_vllm.eval.families import RECIPES
+from hashevict_vllm.eval.losses import losses
 from hashevict_vllm.eval.records import Store
 from hashevict_vllm.eval.report import write_report
 from hashevict_vllm.eval.runner import Runner
-from hashevict_vllm.eval.tasks import choice, reasoning, retrieval, summarisation
+from hashevict_vllm.eval.tasks import (
+    TASKS,
+    choice,
+    instructions,
+    reasoning,
+    retrieval,
+)
 from hashevict_vllm.eval.tasks.base import (
     Continuation,
     Output,
@@ -82,7 +91,7 @@ def sources() -> Iterator[None]:
 
 _BASES = ("niah", "variable_tracking", "common_words_extraction")
 _BASES += ("freq_words_extraction", "qa")
-_CONFIGURATIONS = [task.name.partition("/")[2] for task in retrieval.TASKS]
+_CONFIGURATIONS = [task.name.partition("/")[2] for task in retrieval.TASKS[:13]]
 _SETTINGS = {
     "type_haystack": "essay",
     "type_needle_k": "words",
@@ -96,7 +105,7 @@ _SETTINGS = {
     "alpha": 2.0,
     "dataset": "squad",
 }
-ALL = retrieval.TASKS + reasoning.TASKS + choice.TASKS + summarisation.TASKS
+ALL = list(TASKS.values())
 
 
 # --- forcing -------------------------------------------------------------------------
@@ -157,18 +166,18 @@ def test_samples_are_well_formed_and_fit_the_nominal_length(
     for sample in samples:
         assert length // 2 <= sample.length <= length
         assert sample.free or sample.forced
-        assert bool(sample.forced) != task.uses_reference
+        assert not (sample.forced and task.uses_reference)
         for continuation in sample.forced:
             assert 0 <= continuation.scored_from < len(continuation.tokens)
-        if task.family in ("retrieval", "reasoning"):
+        if task.name.startswith("retrieval") or task.name == reasoning.NAME:
             gold = sample.forced[0]
             assert gold.tokens[: gold.scored_from] == sample.opening
             text = tokenizer.decode(gold.tokens)
-            matched = sample.answers if task.family == "retrieval" else ()
+            matched = sample.answers if task.name != reasoning.NAME else ()
             assert all(answer in text for answer in matched)
     # More samples extend a run; another seed is another sample.
     assert task.samples(1, length, 0, tokenizer) == samples[:1]
-    assert task.samples(1, length, 1, tokenizer) != samples[:1]
+    assert task.samples(3, length, 1, tokenizer) != samples
 
 
 def test_needles_are_in_the_prompt(tokenizer: Any) -> None:
@@ -230,14 +239,36 @@ def test_options_are_different_answers_of_the_same_article() -> None:
     assert len(set(found)) == choice.OPTIONS
 
 
-def test_summaries_are_compared_with_the_full_cache() -> None:
-    pytest.importorskip("rouge_score")
-    own = Output("the cat sat", [1], [-0.5], [])
-    assert summarisation.rouge_score(Sample(0, [1]), own)["score"] == 1.0
-    sample = Sample(0, [1], answers=("the cat sat",))
-    other = Output("the dog sat", [1], [-0.5], [[-2.0]])
-    score = summarisation.rouge_score(sample, other)
-    assert score == {"score": pytest.approx(2 / 3), "nll": 2.0}
+def test_rules_are_obeyed_word_by_word() -> None:
+    kept = instructions.obeyed(
+        "Robot: thanks, dear sort. **Shopping**!", "robot", "Sort", "Shopping"
+    )
+    assert kept == [True, True, True]
+    kept = instructions.obeyed(
+        "Thanks, Robot, and sorted shopping bye", "Robot", "Sort", "Shopping"
+    )
+    assert kept == [False, False, False]
+    assert instructions.obeyed("", "a", "b", "c") == [False, False, False]
+
+
+def test_turns_of_a_chat_read_the_same_text_and_the_whole_history(
+    tokenizer: Any,
+) -> None:
+    turns = [
+        tokenizer.decode(sample.prompt + sample.opening)
+        for sample in TASKS["chats/own"].samples(3, 2048, 0, tokenizer)
+    ]
+    assert turns[1].startswith(turns[0])
+    assert turns[2].startswith(turns[1])
+
+
+def test_every_recipe_names_tasks_that_there_are() -> None:
+    for recipe in RECIPES.values():
+        for name in recipe.tasks:
+            assert any(task == name or task.startswith(f"{name}/") for task in TASKS)
+        assert all(
+            grid.parse_budget(b, recipe.length) < recipe.length for b in recipe.budgets
+        )
 
 
 # --- grid ----------------------------------------------------------------------------
@@ -268,6 +299,35 @@ def test_equal_budgets_share_an_engine_and_the_full_cache_comes_first() -> None:
     ]
 
 
+def test_results_are_filed_by_the_source_of_their_rule(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policies = ("hashevict", "paper", "streaming_llm")
+    options = {name: grid.parse_policy(name).resolved(256) for name in policies}
+
+    original = rule_digest.PACKAGE
+
+    def digests(change: str = "", file: str = "policies/vote.py") -> list[str | None]:
+        copy = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(original, copy)
+        source = copy / file
+        source.write_text(source.read_text() + change)
+        monkeypatch.setattr(rule_digest, "PACKAGE", copy)
+        rule_digest._digest.cache_clear()
+        return [rule_digest.rule_digest(options[name]) for name in policies]
+
+    vote, paper, streaming = digests()
+    assert len({vote, paper, streaming}) == 3
+    assert digests("# a comment\n") == [vote, paper, streaming]
+    changed = digests("MORE = 1\n")
+    assert changed[0] != vote
+    assert changed[1:] == [paper, streaming]
+    assert digests("MORE = 1\n", "kernels/cpu/evict.py")[0] not in (vote, changed[0])
+    assert digests("MORE = 1\n", "policies/hashevict.py")[::2] == [vote, streaming]
+    assert rule_digest.rule_digest({"name": "full"}) is None
+    rule_digest._digest.cache_clear()
+
+
 # --- runner --------------------------------------------------------------------------
 
 
@@ -275,11 +335,11 @@ def test_a_run_is_resumed_where_it_stopped_and_reported(
     model: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    pytest.importorskip("rouge_score")
     names = ("retrieval/niah_single_2", "choice/squad_late", *_SUMMARISATION)
     tasks = {task.name: task for task in ALL if task.name in names}
     policies = [
         grid.parse_policy("hashevict:recent=8"),
+        grid.parse_policy("full:block_size=16"),
         grid.parse_policy('{"name": "hashevict", "recent": 500, "label": "refused"}'),
     ]
     engines = grid.cells(policies, ["25%"], list(tasks), [LENGTH])
@@ -288,7 +348,7 @@ def test_a_run_is_resumed_where_it_stopped_and_reported(
     Runner(options, store, samples=2, tasks=tasks).run(engines)
     text = store.path.read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    assert len(lines) == 2 * 2 * len(tasks)  # the refused policy has none
+    assert len(lines) == 3 * 2 * len(tasks)  # the refused policy has none
     for line in lines:
         assert line["score"]["nll"] > 0
         assert line["versions"]["torch"]
@@ -305,11 +365,32 @@ def test_a_run_is_resumed_where_it_stopped_and_reported(
     report = write_report(again, tasks, tmp_path, "command").read_text()
     assert "| hashevict:recent=8 | 128 (25%) |" in report
     assert "refused" not in report
+    assert "### `summarisation/own`: loss in nats per token past the budget" in report
+    _check_own_answers(store.path.with_name("answers.jsonl"), again, tasks)
     for plot in ("mean", "summarisation"):
         assert (tmp_path / f"{plot}-{LENGTH}.png").stat().st_size > 1000
 
 
-_SUMMARISATION = ("summarisation/rouge", "summarisation/prose")
+def _check_own_answers(path: Path, records: list[dict], tasks: dict[str, Task]) -> None:
+    """The full cache's answers are kept once; another full cache loses nothing."""
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(a["task"], a["index"]) for a in answers] == [
+        ("summarisation/own", 0),
+        ("summarisation/own", 1),
+    ]
+    own = [r for r in records if r["task"] == "summarisation/own"]
+    for record in own:
+        answer = answers[record["index"]]
+        assert len(record["logprobs"]) == len(answer["answer"])
+        first = len(answer["prompt"]) + len(answer["opening"])
+        assert record["first_position"] == first
+    found = {x.policy: x for x in losses(own, tasks)}
+    assert abs(found["full:block_size=16"].loss.value) < 1e-4  # float32
+    assert found["full:block_size=16"].unlikely.value == 0
+    assert found["hashevict:recent=8"].loss.value > 1e-3
+
+
+_SUMMARISATION = ("summarisation/own", "summarisation/prose")
 
 
 def _timeless(record: dict) -> dict:

@@ -14,7 +14,7 @@ from hashevict_vllm.eval.tasks.base import Task
 
 def _record(policy: str, task: str, index: int, score: float, nll: float) -> dict:
     budget = None if policy == "full" else 2
-    values = ["m", "auto", {"name": policy}, budget, task, 4, 0, index]
+    values = ["m", "auto", {"name": policy}, None, budget, task, 4, 0, index]
     return {
         **dict(zip(KEY_FIELDS, values, strict=True)),
         "policy": policy,

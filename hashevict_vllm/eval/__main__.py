@@ -8,11 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hashevict_vllm.eval.families import RECIPES
+
 EPILOG = """\
 A policy is a name, a preset (paper, reference), name:key=value,... or JSON:
   --policies full hashevict paper hashevict:segment=prompt,hash_bits=128
 A share is one of the nominal context length, since an engine has one budget for all
 requests: 30% at 1024 is 307 tokens. 100% is the full cache, always run.
+full:dtype=float32 or full:block_size=16 is a second full cache: what noise costs.
+The full cache's own answers are kept in answers.jsonl, beside results.jsonl.
 Results that are in results.jsonl are not computed again.
 """
 
@@ -26,7 +30,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--model", help="model directory (default: SmolLM2-135M-Instruct)")
+    add(
+        "--models",
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help="names (see python -m hashevict_vllm.models --help) or directories; "
+        "default: SmolLM2-135M-Instruct",
+    )
+    add("--family", choices=RECIPES, help="tasks, length, budgets, samples of one use")
     add("--policies", nargs="+", metavar="POLICY", help="default: every one there is")
     add("--set", metavar="KEY=VALUE,...", help="options added to every policy")
     add("--budgets", nargs="+", metavar="TOKENS|SHARE")
@@ -37,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="all tasks, 1k to 4k tokens, 50 samples")
     add("--output", type=Path, default=Path("results"), help="default: results/")
     add("--dtype", default="auto", help="vLLM's dtype (default: the model's)")
-    add("--batch", type=int, default=8, help="requests at a time")
-    add("--kv-gib", type=float, default=2.0, help="size of the KV pool")
+    add("--batch", type=int, help="requests at a time (default: 8, or the family's)")
+    add("--kv-gib", type=float, help="size of the KV pool (default: the batch's)")
     add("--report-only", action="store_true", help="no runs, only the report")
     add("--list", action="store_true", help="print the grid and stop")
     return made
@@ -72,13 +84,18 @@ def _run(options: argparse.Namespace) -> None:
     from hashevict_vllm.eval.report import write_report
     from hashevict_vllm.eval.runner import Runner
     from hashevict_vllm.eval.tasks import TASKS
-    from hashevict_vllm.models import fetch_default_model
+    from hashevict_vllm.models import MODEL_NAME, find_model
 
     names = options.policies or grid.default_policies()
     policies = [grid.parse_policy(name, options.set or "") for name in names]
-    wanted = options.tasks or (None if options.full else grid.DEFAULT_TASKS)
-    tasks = select_tasks(wanted, list(TASKS))
+    recipe = RECIPES.get(options.family)
     scale = grid.FULL_GRID if options.full else grid.DEFAULT_GRID
+    wanted: Sequence[str] | None = None if options.full else grid.DEFAULT_TASKS
+    if recipe is not None:
+        scale = grid.Scale(recipe.budgets, (recipe.length,), recipe.samples)
+        wanted = recipe.tasks
+    tasks = select_tasks(options.tasks or wanted, list(TASKS))
+    batch = options.batch or (recipe.batch if recipe else 8)
     engines = grid.cells(
         policies,
         options.budgets or scale.budgets,
@@ -91,13 +108,14 @@ def _run(options: argparse.Namespace) -> None:
             print(f"{policy.label}@{budget or 'full'}: {len(cells)} cells × {samples}")
         return
     store = Store(options.output / "results.jsonl")
-    if not options.report_only:
-        model = options.model or str(fetch_default_model())
-        common = EngineOptions(model, options.dtype, options.batch, options.kv_gib)
-        Runner(common, store, samples=samples, seed=options.seed).run(engines)
     command = "scripts/evaluate " + " ".join(sys.argv[1:])
-    path = write_report(list(store.records.values()), TASKS, options.output, command)
-    print(path)
+    for name in options.models or [MODEL_NAME]:
+        model = find_model(name)
+        if not options.report_only:
+            common = EngineOptions(str(model), options.dtype, batch, options.kv_gib)
+            Runner(common, store, samples=samples, seed=options.seed).run(engines)
+        records = [r for r in store.records.values() if r["model"] == model.name]
+        print(write_report(records, TASKS, options.output / model.name, command))
 
 
 def select_tasks(wanted: Sequence[str] | None, known: list[str]) -> list[str]:

@@ -2,14 +2,16 @@
 
 1. *Task, relative to the full cache* on the same samples: mean score over mean score.
    Perplexity tasks: exp(NLL of the full cache - NLL), which is the full cache's
-   perplexity over the policy's, at positions from the budget on.
+   perplexity over the policy's, at positions from the budget on (over all tokens of
+   all samples; a sample that ends before the budget counts for nothing).
 2. A *weak* task is one on which the full cache itself scores under `WEAK` (20 %): its
    accuracy says nothing. It is figured by the gold answer's NLL, as above, listed
    apart, and not part of 3 and 4.
 3. *Family*: unweighted mean of its tasks that are not weak; a family with none of them
    is listed apart as well.
-4. *Mean*: unweighted mean of the families. A second figure, ``mean (all)``, takes the
-   weak tasks in, by their NLL.
+4. *Mean*: unweighted mean of the families, without the query-agnostic ones, which are
+   listed beside it. A second figure, ``mean (all)``, takes the weak tasks in, by their
+   NLL.
 
 1 means as good as the full cache; values above 1 are kept. The intervals are 95 %
 percentile bootstraps over samples, drawn for the policy and the full cache together
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hashevict_vllm.eval.records import Record
-from hashevict_vllm.eval.tasks.base import Task
+from hashevict_vllm.eval.tasks.base import AGNOSTIC, Task
 
 WEAK = 0.2
 RESAMPLES = 2000
@@ -134,7 +136,7 @@ def _line(
     key: tuple, cell: Cell, full: Cell, weak: list[str], tasks: dict[str, Task]
 ) -> Line:
     label, budget, length = key
-    pairs = pairs_of(cell, full, tasks)
+    pairs = pairs_of(cell, full, tasks, budget)
     drawn = relative_of(pairs, budget, weak, tasks)
     counts = {name: len(found) for name, found in pairs.items()}
     strong = families_of(drawn, counts, tasks, [n for n in drawn if n not in weak])
@@ -167,13 +169,20 @@ Drawn = np.ndarray
 """A relative figure on all samples, then on `RESAMPLES` resamples of them."""
 
 
-def pairs_of(cell: Cell, full: Cell, tasks: dict[str, Task]) -> Pairs:
-    """Pair a policy's records with the full cache's."""
-    return {
+def pairs_of(
+    cell: Cell, full: Cell, tasks: dict[str, Task], budget: int | None
+) -> Pairs:
+    """Pair a policy's records with the full cache's, where any token is counted."""
+    pairs = {
         name: [(cell[name][i], full[name][i]) for i in sorted(cell[name]) if i in both]
         for name in tasks
         if (both := cell.get(name, {}).keys() & full.get(name, {}).keys())
     }
+    counted = {
+        name: [pair for pair in found if _tokens(pair[0], budget)]
+        for name, found in pairs.items()
+    }
+    return {name: found for name, found in counted.items() if found}
 
 
 def relative_of(
@@ -199,8 +208,9 @@ def _drawn(
     picks = np.vstack([np.arange(n), rng.integers(n, size=(RESAMPLES, n))])
     if by_nll:
         values = np.array([[_nll(r, budget) for r in pair] for pair in pairs])
-        ours, base = values[picks].mean(axis=1).T
-        return np.exp(base - ours)
+        tokens = np.array([_tokens(ours, budget) for ours, _ in pairs])
+        ours, base = (values * tokens[:, None])[picks].sum(axis=1).T
+        return np.exp((base - ours) / tokens[picks].sum(axis=1))
     values = np.array([[r["score"]["score"] for r in pair] for pair in pairs])
     ours, base = values[picks].mean(axis=1).T
     # A resample on which the full cache scores nothing has no ratio.
@@ -230,17 +240,35 @@ def families_of(
     }
 
 
+def _counted(record: Record, budget: int | None) -> list[float]:
+    """Log-probabilities at positions from the budget on."""
+    return record["logprobs"][max(0, (budget or 0) - record["first_position"]) :]
+
+
+def _tokens(record: Record, budget: int | None) -> int:
+    """Weight of a sample: its tokens past the budget; 1 where the answer is one."""
+    return len(_counted(record, budget)) if "logprobs" in record else 1
+
+
 def _nll(record: Record, budget: int | None) -> float:
-    """NLL per token of the gold answer; of prose, at positions from the budget on."""
-    if "logprobs" not in record or budget is None:
+    """NLL per token of the gold answer, or at positions from the budget on."""
+    if "logprobs" not in record:
         return record["score"]["nll"]
-    counted = record["logprobs"][max(0, budget - record["first_position"]) :]
-    return -sum(counted) / len(counted)  # a budget is below the nominal length
+    counted = _counted(record, budget)
+    return -sum(counted) / len(counted)
 
 
-def _mean(families: Families) -> Figure:
-    values = np.mean([values for values, _ in families.values()], axis=0)
-    return figure_of(values, sum(n for _, n in families.values()))
+def aware(families: Families) -> Families:
+    """The families of tasks that the cache knows while it is reduced."""
+    return {f: each for f, each in families.items() if not f.endswith(AGNOSTIC)}
+
+
+def _mean(families: Families) -> Figure | None:
+    counted = aware(families)
+    if not counted:
+        return None
+    values = np.mean([values for values, _ in counted.values()], axis=0)
+    return figure_of(values, sum(n for _, n in counted.values()))
 
 
 def figure_of(drawn: Drawn, n: int) -> Figure:

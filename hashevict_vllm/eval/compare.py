@@ -16,6 +16,7 @@ from hashevict_vllm.eval.aggregate import (
     Cell,
     Drawn,
     Figure,
+    aware,
     families_of,
     figure_of,
     pairs_of,
@@ -38,7 +39,7 @@ class Difference:
         budget: Tokens.
         length: Nominal length.
         families: Per family, weak tasks left out.
-        mean: Over the families.
+        mean: Over the families, without the query-agnostic ones; None without others.
 
     """
 
@@ -46,7 +47,7 @@ class Difference:
     budget: int
     length: int
     families: dict[str, Figure]
-    mean: Figure
+    mean: Figure | None
 
 
 def compare(records: Iterable[Record], tasks: dict[str, Task]) -> list[Difference]:
@@ -76,7 +77,7 @@ def _difference(
     budget: int,
     weak: list[str],
     tasks: dict[str, Task],
-) -> tuple[dict[str, Figure], Figure] | None:
+) -> tuple[dict[str, Figure], Figure | None] | None:
     """Differences of the families and of their mean; None where a task is missing."""
     both = {
         name: ours[name].keys() & other[name].keys()
@@ -88,12 +89,15 @@ def _difference(
     drawn: list[dict[str, tuple[Drawn, int]]] = []
     for cell in (ours, other):
         shared = {name: {i: cell[name][i] for i in both[name]} for name in both}
-        pairs = pairs_of(shared, full, tasks)
+        pairs = pairs_of(shared, full, tasks, budget)
         counts = {name: len(found) for name, found in pairs.items()}
         relative = relative_of(pairs, budget, weak, tasks)
         drawn.append(families_of(relative, counts, tasks, list(relative)))
     mine, theirs = drawn
     gaps = {f: mine[f][0] - theirs[f][0] for f in mine}
-    total = sum(n for _, n in mine.values())
     families = {f: figure_of(gap, mine[f][1]) for f, gap in gaps.items()}
-    return families, figure_of(np.mean(list(gaps.values()), axis=0), total)
+    counted = aware(mine)
+    if not counted:
+        return families, None
+    total = sum(n for _, n in counted.values())
+    return families, figure_of(np.mean([gaps[f] for f in counted], axis=0), total)

@@ -19,7 +19,7 @@ class EngineOptions:
         model: Directory of the model.
         dtype: vLLM's ``dtype``.
         batch: Requests at a time.
-        kv_gib: Size of the KV pool in GiB.
+        kv_gib: Size of the KV pool in GiB; None is what the batch can fill.
         block_size: Tokens of a KV block; a budget holds at least one beside the
             protected tokens, so that small budgets want small blocks.
 
@@ -28,7 +28,7 @@ class EngineOptions:
     model: str
     dtype: str = "auto"
     batch: int = 8
-    kv_gib: float = 2.0
+    kv_gib: float | None = None
     block_size: int = 32
 
 
@@ -52,7 +52,7 @@ def engine(
         max_model_len=max_model_len,
         max_num_seqs=options.batch,
         block_size=options.block_size,
-        kv_cache_memory_bytes=int(options.kv_gib * 2**30),
+        kv_cache_memory_bytes=_pool_bytes(options, max_model_len),
         enforce_eager=True,
         disable_log_stats=True,
         additional_config=kv_policy(**policy),
@@ -63,6 +63,23 @@ def engine(
         yield llm
     finally:
         shut_down(llm)
+
+
+def _pool_bytes(options: EngineOptions, max_model_len: int) -> int:
+    """Size of the KV pool: as told, or for every request of a batch at its longest."""
+    if options.kv_gib is not None:
+        return int(options.kv_gib * 2**30)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(options.model).get_text_config()
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    item = 4 if options.dtype == "float32" else 2
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * item
+    # One block more per request than it fills, and a tenth for slots' metadata.
+    tokens = (options.batch + 1) * (max_model_len + 2 * options.block_size)
+    return int(1.1 * token * tokens)
 
 
 def shut_down(llm: Any) -> None:
@@ -85,7 +102,9 @@ def answer(llm: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Output]:
     requests = []
     for sample in samples:
         if sample.free:
-            params = forced_params(sample.opening, sample.free, sample.stop)
+            params = forced_params(
+                sample.opening, sample.free, sample.stop, sample.sampling
+            )
             requests.append((sample.prompt, params))
         for continuation in sample.forced:
             requests.append((sample.prompt, forced_params(continuation.tokens)))
@@ -98,18 +117,19 @@ def answer(llm: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Output]:
     )
     outputs = []
     for sample in samples:
-        text, ids, free = "", [], []
+        text, ids, free, finished = "", [], [], True
         if sample.free:
             completion = next(results).outputs[0]
             skip = len(sample.opening)
             ids = list(completion.token_ids)[skip:]
             free = token_logprobs(completion)[skip:]
+            finished = completion.finish_reason == "stop"
             text = _until(tokenizer.decode(ids, skip_special_tokens=True), sample.stop)
         logprobs = [
             token_logprobs(next(results).outputs[0])[continuation.scored_from :]
             for continuation in sample.forced
         ]
-        outputs.append(Output(text, ids, free, logprobs))
+        outputs.append(Output(text, ids, free, logprobs, finished))
     return outputs
 
 

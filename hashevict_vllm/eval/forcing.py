@@ -12,7 +12,7 @@ This is the interface of vLLM's model runner V1, the CPU's; runner V2 wants anot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,10 @@ class ForcedTokens(AdapterLogitsProcessor):
 
 
 def forced_params(
-    forced: Sequence[int], free: int = 0, stop: Sequence[str] = ()
+    forced: Sequence[int],
+    free: int = 0,
+    stop: Sequence[str] = (),
+    sampling: Mapping[str, Any] | None = None,
 ) -> SamplingParams:
     """Greedy sampling that starts with given tokens and reports log-probabilities.
 
@@ -70,10 +73,11 @@ def forced_params(
         forced: First tokens of the output.
         free: Tokens that may follow, of the model's own choice.
         stop: Strings that end the free part.
+        sampling: Other keys of `SamplingParams`, such as a temperature.
 
     """
     return SamplingParams(
-        temperature=0.0,
+        **{"temperature": 0.0, **(sampling or {})},
         max_tokens=len(forced) + free,
         logprobs=0,  # the sampled token's own
         ignore_eos=not free,

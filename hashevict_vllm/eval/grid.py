@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hashevict_vllm.config import (
@@ -44,7 +44,7 @@ DEFAULT_TASKS = (
     "retrieval/qa_1",
     "reasoning/gsm8k",
     "choice/squad",
-    "summarisation/rouge",
+    "summarisation/own",
     "summarisation/prose",
 )
 """What runs unless tasks are named or the grid is the full one."""
@@ -60,16 +60,24 @@ class Policy:
     Attributes:
         label: What reports call it.
         options: Keys of `KVPolicyConfig`, without the budget.
+        engine: Fields of `EngineOptions` in which the engine differs from the run's:
+            a second full cache, which shows what noise alone costs.
 
     """
 
     label: str
     options: Mapping[str, Any]
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is ever evicted."""
+        return self.options.get("name") == FULL
 
     def with_budget(self, budget: int | None) -> dict[str, Any]:
         """Return the options of an engine; the full cache has no budget."""
         options = dict(self.options)
-        return options if budget is None else {**options, "budget": budget}
+        return options if self.is_full else {**options, "budget": budget}
 
     def resolved(self, budget: int | None) -> dict[str, Any]:
         """Every option with its value: what results are filed under.
@@ -80,8 +88,8 @@ class Policy:
             KVPolicyError: When the options are not valid.
 
         """
-        if budget is None:
-            return {"name": FULL}
+        if self.is_full:
+            return {"name": FULL, **self.engine}
         config = KVPolicyConfig.from_dict(self.with_budget(budget))
         options = dataclasses.asdict(config)
         del options["preset"]  # what it sets is there
@@ -95,7 +103,7 @@ def parse_policy(text: str, common: str = "") -> Policy:
     ``hashevict:segment=prompt,hash_bits=128``, or JSON such as
     ``{"name": "hashevict", "segment": "prompt", "label": "held"}``. `common` are
     options of the second form for every policy but the full cache, unless it has its
-    own.
+    own. Options of the full cache are the engine's: ``full:dtype=float32``.
 
     Raises:
         KVPolicyError: When it is none of these.
@@ -114,6 +122,8 @@ def parse_policy(text: str, common: str = "") -> Policy:
         options = {"name": name}
         if name in PRESETS:
             options = {"name": "hashevict", "preset": name}
+        if name == FULL:
+            return Policy(label, options, _pairs(rest))
         options |= _pairs(rest)
     if common and options.get("name") != FULL:
         extra = {k: v for k, v in _pairs(common).items() if k not in options}
@@ -181,13 +191,16 @@ def cells(
 ) -> list[tuple[Policy, int | None, list[Cell]]]:
     """The cells of a grid by engine; the full cache's come first, asked for or not.
 
-    A budget of at least the nominal length evicts nothing and is left out.
+    A budget of at least the nominal length evicts nothing and is left out. A second
+    full cache has budget 0: what it is scored at are all positions.
     """
     full = Policy(FULL, {"name": FULL})
     every = [Cell(full, None, task, length) for length in lengths for task in tasks]
     engines: list[tuple[Policy, int | None, list[Cell]]] = [(full, None, every)]
     for policy in policies:
-        if policy.options.get("name") == FULL:
+        if policy.is_full:
+            again = [dataclasses.replace(c, policy=policy, budget=0) for c in every]
+            engines += [(policy, 0, again)] if policy.engine else []
             continue
         by_budget: dict[int, list[Cell]] = {}
         for length in lengths:

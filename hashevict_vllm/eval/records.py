@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ KEY_FIELDS = (
     "model",
     "dtype",
     "options",
+    "rule",
     "budget",
     "task",
     "length",
@@ -25,17 +26,23 @@ KEY_FIELDS = (
 """What a sample's result depends on; a record with the same values is not run again."""
 
 
-def key_of(record: Record) -> str:
-    """Identity of a record."""
-    values = [record[name] for name in KEY_FIELDS]
+def key_of(record: Record, fields: Sequence[str] = KEY_FIELDS) -> str:
+    """Identity of a record; those of old files do not say what rule they are of."""
+    values = [record.get(name) for name in fields]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
-    """A JSONL file of records, read once and appended to."""
+    """A JSONL file of records, read once and appended to.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        path: The file.
+        fields: What records are told apart by; a later one replaces an earlier one.
+
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str] = KEY_FIELDS):
+        self.path, self.fields = path, fields
         self.records: dict[str, Record] = {}
         if not path.exists():
             return
@@ -45,11 +52,11 @@ class Store:
             path.write_text(whole)
         for line in whole.splitlines():
             record = json.loads(line)
-            self.records[key_of(record)] = record
+            self.records[key_of(record, fields)] = record
 
     def find(self, key: dict[str, Any]) -> Record | None:
         """The record with the key fields of `key`."""
-        return self.records.get(key_of(key))
+        return self.records.get(key_of(key, self.fields))
 
     def add(self, records: Iterable[Record]) -> None:
         """Append records, in one write."""
@@ -57,7 +64,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
-        self.records.update({key_of(record): record for record in records})
+        self.records.update({key_of(r, self.fields): r for r in records})
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -71,8 +78,12 @@ def latest(records: Iterable[Record]) -> list[Record]:
         return []
     model = [records[-1][name] for name in ("model", "dtype")]
     records = [r for r in records if [r["model"], r["dtype"]] == model]
-    options = {(r["policy"], r["budget"]): r["options"] for r in records}
-    return [r for r in records if r["options"] == options[r["policy"], r["budget"]]]
+    options = {(r["policy"], r["budget"]): _rule_of(r) for r in records}
+    return [r for r in records if _rule_of(r) == options[r["policy"], r["budget"]]]
+
+
+def _rule_of(record: Record) -> tuple[Any, Any]:
+    return record["options"], record.get("rule")
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hashevict_vllm.eval.aggregate import WEAK, Figure, Line, aggregate
 from hashevict_vllm.eval.compare import OURS, Difference, compare
+from hashevict_vllm.eval.losses import Loss, losses
 from hashevict_vllm.eval.records import Record, latest
 from hashevict_vllm.eval.tasks.base import Task
 
@@ -21,11 +22,13 @@ def write_report(
     records = latest(records)
     lines, weak = aggregate(records, tasks)
     differences = compare(records, tasks)
+    lost = losses(records, tasks)
     parts = [_head(records, command)]
     for length in sorted({line.length for line in lines}):
         here = [line for line in lines if line.length == length]
         plots = _plots(here, length, directory)
         parts += [_section(here, weak.get(length, []), tasks, length)]
+        parts += _losses([loss for loss in lost if loss.length == length])
         parts += _differences([d for d in differences if d.length == length])
         parts += [f"![{path.stem}]({path.name})" for path in plots]
     path = directory / "report.md"
@@ -108,11 +111,34 @@ def _differences(differences: list[Difference]) -> list[str]:
     ]
 
 
+def _losses(lost: list[Loss]) -> list[str]:
+    """Tables of own answers and prose, in nats per token past the budget."""
+    parts = []
+    for task in dict.fromkeys(loss.task for loss in lost):
+        here = [loss for loss in lost if loss.task == task]
+        noise = max((x.loss.value for x in here if not x.budget), default=None)
+        rows = [
+            [
+                x.policy,
+                str(x.budget or "full"),
+                f"{x.loss.value:.4f} [{x.loss.low:.4f}, {x.loss.high:.4f}]",
+                "–" if noise is None else f"{x.loss.value - noise:.4f}",
+                _show(x.unlikely),
+                str(x.tokens),
+            ]
+            for x in here
+        ]
+        parts.append(f"### `{task}`: loss in nats per token past the budget")
+        head = [*_HEAD, "loss", "above noise", "unlikely, %", "tokens"]
+        parts.append(_table(head, rows))
+    return parts
+
+
 _HEAD = ["policy", "budget"]
 
 
 def _row_head(line: Line) -> list[str]:
-    if line.budget is None:
+    if not line.budget:
         return [line.policy, "full"]
     return [line.policy, f"{line.budget} ({line.share:.0%})"]
 

@@ -14,11 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.eval.answers import OwnAnswers
 from hashevict_vllm.eval.engine import EngineOptions, answer, engine
-from hashevict_vllm.eval.grid import FULL, Cell, Policy
+from hashevict_vllm.eval.grid import Cell, Policy
 from hashevict_vllm.eval.records import Record, Store, versions
+from hashevict_vllm.eval.rule_digest import rule_digest
 from hashevict_vllm.eval.tasks import TASKS
-from hashevict_vllm.eval.tasks.base import Continuation, Output, Sample, Task
+from hashevict_vllm.eval.tasks.base import Output, Sample, Task
 
 Engines = Sequence[tuple[Policy, int | None, list[Cell]]]
 
@@ -47,6 +49,7 @@ class Runner:
         from transformers import AutoTokenizer
 
         self.options, self.store = options, store
+        self.answers = OwnAnswers(store.path.with_name("answers.jsonl"))
         self.samples, self.seed, self.tasks = samples, seed, tasks
         self.tokenizer = AutoTokenizer.from_pretrained(
             options.model,
@@ -71,19 +74,21 @@ class Runner:
         self, policy: Policy, budget: int | None, cells: list[Cell], longest: int, bar
     ) -> None:
         resolved = policy.resolved(budget)
+        options = dataclasses.replace(self.options, **policy.engine)
         with ExitStack() as stack:
             llm = None
             for cell in cells:
                 pending = self._pending(cell, resolved)
+                pending = [each for each in pending if not self._known(cell, *each)]
                 bar.update(self.samples - len(pending))
                 bar.set_postfix_str(f"{cell.task} {cell.length}")
                 if pending and llm is None:
                     wanted = policy.with_budget(budget)
                     # A little more than the longest sample: vLLM wants room for one
                     # token after the prompt.
-                    llm = stack.enter_context(engine(self.options, wanted, longest + 8))
-                for first in range(0, len(pending), self.options.batch):
-                    batch = pending[first : first + self.options.batch]
+                    llm = stack.enter_context(engine(options, wanted, longest + 8))
+                for first in range(0, len(pending), options.batch):
+                    batch = pending[first : first + options.batch]
                     self._run_batch(llm, cell, batch)
                     bar.update(len(batch))
 
@@ -109,6 +114,7 @@ class Runner:
             "model": Path(self.options.model).name,
             "dtype": self.options.dtype,
             "options": resolved,
+            "rule": rule_digest(resolved),
             "budget": cell.budget,
             "task": cell.task,
             "length": cell.length,
@@ -120,12 +126,16 @@ class Runner:
         """The sample, with the full cache's answer as gold where the task wants it."""
         if not self.tasks[cell.task].uses_reference or cell.budget is None:
             return sample
-        full = {**key, "options": {"name": FULL}, "budget": None}
-        reference = self.store.find(full)
-        assert reference is not None, "the full cache's cells are run first"
-        ids = reference["token_ids"]
-        gold = Continuation(sample.opening + ids, len(sample.opening))
-        return dataclasses.replace(sample, forced=(gold,), answers=(reference["text"],))
+        return self.answers.forced(key, sample)
+
+    def _known(self, cell: Cell, key: Record, sample: Sample) -> bool:
+        """Whether the full cache's own answer is kept already; then it is recorded."""
+        if not self.tasks[cell.task].uses_reference or cell.budget is not None:
+            return False
+        output = self.answers.output(key, sample)
+        if output is not None:
+            self.store.add([self._record(cell, key, sample, output, 0.0)])
+        return output is not None
 
     def _run_batch(
         self, llm: Any, cell: Cell, batch: list[tuple[Record, Sample]]
@@ -134,18 +144,24 @@ class Runner:
         started = time.monotonic()
         outputs = answer(llm, self.tokenizer, [sample for _, sample in batch])
         seconds = (time.monotonic() - started) / len(batch)
-        self.store.add(
-            {
-                **key,
-                "policy": cell.policy.label,
-                "score": task.score(sample, output),
-                **details(task, sample, output),
-                "tokens": sample.length,
-                "seconds": round(seconds, 2),
-                "versions": versions(),
-            }
-            for (key, sample), output in zip(batch, outputs, strict=True)
-        )
+        done = [(*each, output) for each, output in zip(batch, outputs, strict=True)]
+        if task.uses_reference and cell.budget is None:
+            self.answers.keep(done)
+        self.store.add(self._record(cell, *each, seconds) for each in done)
+
+    def _record(
+        self, cell: Cell, key: Record, sample: Sample, output: Output, seconds: float
+    ) -> Record:
+        task = self.tasks[cell.task]
+        return {
+            **key,
+            "policy": cell.policy.label,
+            "score": task.score(sample, output),
+            **details(task, sample, output),
+            "tokens": sample.length,
+            "seconds": round(seconds, 2),
+            "versions": versions(),
+        }
 
 
 def details(task: Task, sample: Sample, output: Output) -> Record:
@@ -153,10 +169,12 @@ def details(task: Task, sample: Sample, output: Output) -> Record:
     details: Record = {}
     if sample.free:
         details["text"] = output.text
-    if task.uses_reference:
-        details["token_ids"] = output.token_ids
+        details["answer_tokens"] = len(output.token_ids)
+        details["finished"] = output.finished
     if task.metric == "perplexity":
-        first = len(sample.prompt) + sample.forced[0].scored_from
-        details["first_position"] = first
-        details["logprobs"] = [round(value, 4) for value in output.logprobs[0]]
+        # The full cache's own answer is scored as it is made.
+        skipped = sample.forced[0].scored_from if sample.forced else len(sample.opening)
+        logprobs = output.logprobs[0] if sample.forced else output.free_logprobs
+        details["first_position"] = len(sample.prompt) + skipped
+        details["logprobs"] = [round(value, 4) for value in logprobs]
     return details

@@ -9,9 +9,14 @@ evicting cache, never from a dense prefill.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+LATE = "_late"
+"""End of the names of tasks whose question is decoded, not read with the prompt."""
+AGNOSTIC = "query-agnostic"
+"""What reports call those; all others reduce the cache when the question is known."""
 
 Tokenizer = Any
 """A transformers tokenizer."""
@@ -38,6 +43,7 @@ class Sample:
         forced: Continuations scored by their log-probability; the first is the gold
             answer.
         answers: Gold strings.
+        sampling: Keys of vLLM's `SamplingParams` for the free answer; greedy if none.
 
     """
 
@@ -48,6 +54,7 @@ class Sample:
     stop: tuple[str, ...] = ()
     forced: tuple[Continuation, ...] = ()
     answers: tuple[str, ...] = ()
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -65,6 +72,7 @@ class Output:
         token_ids: Its tokens.
         free_logprobs: Their log-probabilities.
         logprobs: Per continuation, of the scored tokens.
+        finished: Whether the free answer ended by itself.
 
     """
 
@@ -72,6 +80,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     free_logprobs: list[float] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
+    finished: bool = True
 
     @property
     def gold_nll(self) -> float:
@@ -98,7 +107,8 @@ class Task:
         score: Maps a sample and its output to ``score`` (1 is right, 0 what guessing
             gets) and ``nll`` (of the gold answer, nats per token).
         metric: ``score``, or ``perplexity`` for a task that has no right answers.
-        uses_reference: Whether the gold answer is the full cache's own output.
+        uses_reference: Whether the gold answer is the full cache's own output, which
+            is made once and kept (`hashevict_vllm.eval.answers`).
 
     """
 
@@ -110,8 +120,20 @@ class Task:
 
     @property
     def family(self) -> str:
-        """The task family it counts for."""
-        return self.name.partition("/")[0]
+        """The task family it counts for; one with known questions has no others."""
+        family = self.name.partition("/")[0]
+        return f"{family}, {AGNOSTIC}" if self.name.endswith(LATE) else family
+
+
+def own_score(sample: Sample, output: Output) -> dict[str, float]:
+    """NLL of the full cache's own answer; of its first making, if it is being made."""
+    logprobs = output.logprobs[0] if sample.forced else output.free_logprobs
+    return {"nll": -mean(logprobs) if logprobs else 0.0}
+
+
+def own_answers(name: str, samples: Samples) -> Task:
+    """Make a task that forces the full cache's own answers (`..answers`)."""
+    return Task(name, samples, own_score, metric="perplexity", uses_reference=True)
 
 
 def mean(values: list[float]) -> float:
@@ -137,9 +159,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def chat(tokenizer: Tokenizer, user: str) -> str:
     """A user's turn up to where the answer begins; plain for base models."""
+    return conversation(tokenizer, [{"role": "user", "content": user}])
+
+
+def conversation(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
+    """A conversation up to where the next answer begins; plain for base models."""
     if not tokenizer.chat_template:
-        return user
-    messages = [{"role": "user", "content": user}]
+        return "\n\n".join(message["content"] for message in messages)
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False
     )

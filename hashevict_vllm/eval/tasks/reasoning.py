@@ -1,12 +1,18 @@
-"""Reasoning: GSM8K's test set (Cobbe et al., 2021), with worked examples as context.
+"""Reasoning: GSM8K's test set (Cobbe et al., 2021).
 
-A question has a hundred tokens, too few for any budget to act. The prompt is therefore
-filled with worked examples up to the nominal length, as few-shot evaluation does; they
-come from the last 200 items of the test set, which are never asked (the package has no
-training set). Plain text, no chat template: a base model's format.
+``reasoning/chains`` and ``reasoning/solved``: zero-shot chains of thought, for models
+that can reason. A question has a hundred tokens, the chain as many again or more, so
+that budgets of about a hundred tokens act while the model reasons. *Chains* are the
+full cache's own answers, forced; *solved* is the share of right answers of a policy's
+own. Both ask the same questions.
 
-Score: the number after ``####`` equals the gold one (exact match); and the NLL of the
-whole gold solution.
+``reasoning/gsm8k``: few-shot, for models that cannot: the prompt is filled with worked
+examples up to the nominal length, as few-shot evaluation does; they come from the last
+200 items of the test set, which are never asked (the package has no training set).
+Plain text, no chat template: a base model's format.
+
+Score of the last two: the number after ``####`` (without it, the last number) equals
+the gold one; and the NLL of the answer itself, or of the gold solution.
 """
 
 from __future__ import annotations
@@ -20,8 +26,12 @@ from hashevict_vllm.eval.tasks.base import (
     Sample,
     Task,
     Tokenizer,
+    chat,
     encode,
+    encode_prompt,
     largest,
+    own_answers,
+    own_score,
     rng_of,
     split_opening,
 )
@@ -29,6 +39,10 @@ from hashevict_vllm.eval.tasks.base import (
 NAME = "reasoning/gsm8k"
 EXAMPLES = 200
 OPENING = "\nAnswer:"
+ASK = (
+    "{question}\n\nReason step by step, in a few short sentences, and end with a line "
+    "of #### and the answer, a number."
+)
 FREE = 192
 
 
@@ -92,4 +106,35 @@ def score(sample: Sample, output: Output) -> dict[str, float]:
     return {"score": float(right), "nll": output.gold_nll}
 
 
-TASKS = [Task(NAME, samples, score)]
+def chains(n: int, length: int, seed: int, tokenizer: Tokenizer) -> list[Sample]:
+    """`n` questions, zero-shot; the chain may fill what is left of the length."""
+    items = data.gsm8k()
+    order = list(range(len(items) - EXAMPLES))
+    rng_of("reasoning/chains", 0, seed, -1).shuffle(order)
+    return [
+        _chain(index, items[order[index % len(order)]], length, tokenizer)
+        for index in range(n)
+    ]
+
+
+def _chain(
+    index: int, item: dict[str, str], length: int, tokenizer: Tokenizer
+) -> Sample:
+    text = chat(tokenizer, ASK.format(question=item["question"]))
+    prompt, opening = split_opening(encode_prompt(tokenizer, text), [])
+    free = length - len(prompt) - len(opening)
+    answer = final_number(item["answer"]) or ""
+    return Sample(index, prompt, opening, free=max(1, free), answers=(answer,))
+
+
+def solved_score(sample: Sample, output: Output) -> dict[str, float]:
+    """Exact match of the final number, and the NLL of the chain that led there."""
+    right = final_number(output.text) == sample.answers[0]
+    return {"score": float(right), **own_score(sample, output)}
+
+
+TASKS = [
+    Task(NAME, samples, score),
+    own_answers("reasoning/chains", chains),
+    Task("reasoning/solved", chains, solved_score),
+]

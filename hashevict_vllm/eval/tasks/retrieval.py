@@ -11,7 +11,9 @@ answering below 2k tokens), and grow haystacks in steps of 500 words, too coarse
 - every sample has its own random source, so that more samples extend a run;
 - the last token of the answer's opening words is decoded, not read with the prompt
   (`base`), and the free answer may be as long as the package allows or twice the gold
-  answer, whichever is less.
+  answer, whichever is less;
+- tasks whose name ends in ``_late`` ask the same of a cache that does not know the
+  question: the prompt is reduced at the text's end, then the question is decoded.
 
 Score: RULER's string match, the share of the gold strings that occur in the answer (in
 question answering: whether any does); and the NLL of the gold answer.
@@ -30,6 +32,7 @@ from typing import Any
 
 from hashevict_vllm.eval import data
 from hashevict_vllm.eval.tasks.base import (
+    LATE,
     Continuation,
     Output,
     Sample,
@@ -57,6 +60,7 @@ class Problem:
 
     Attributes:
         user: The user's turn.
+        context: What of it is the text; the question follows.
         opening: How the answer begins.
         answers: Gold strings.
         gold: The gold answer, as it would follow the opening.
@@ -67,6 +71,7 @@ class Problem:
     opening: str
     answers: list[str]
     gold: str
+    context: str = ""
 
 
 Build = Callable[[int, random.Random, dict[str, Any], int], Problem]
@@ -127,6 +132,7 @@ def needles(size: int, rng: random.Random, settings: dict, length: int) -> Probl
         opening.format(type_needle_v=kind, query=query),
         answers,
         _listing(answers) + ".",
+        context,
     )
 
 
@@ -300,7 +306,8 @@ def answering(size: int, rng: random.Random, settings: dict, length: int) -> Pro
     context = documents_text(question, documents, size, rng)
     template, opening, _ = _template("qa")
     user = template.format(context=context, query=question.query)
-    return Problem(user, opening, list(question.answers), question.answers[0])
+    answers = list(question.answers)
+    return Problem(user, opening, answers, answers[0], context)
 
 
 # --- samples and score ---------------------------------------------------------------
@@ -312,7 +319,7 @@ def string_match(text: str, answers: tuple[str, ...], any_of: bool) -> float:
     return max(found) if any_of else sum(found) / len(found)
 
 
-def _make(base: str, build: Build, configuration: str) -> Task:
+def _make(base: str, build: Build, configuration: str, late: bool = False) -> Task:
     name = f"retrieval/{configuration}"
     any_of = base == "qa"
 
@@ -323,7 +330,7 @@ def _make(base: str, build: Build, configuration: str) -> Task:
         def fits(size: int) -> bool:
             rng = rng_of(name, length, seed, index)
             problem = build(size, rng, settings, length)
-            made[size] = _sample(index, problem, tokenizer, _template(base)[2])
+            made[size] = _sample(index, problem, tokenizer, _template(base)[2], late)
             return made[size].length <= length
 
         return made[
@@ -337,14 +344,20 @@ def _make(base: str, build: Build, configuration: str) -> Task:
         matched = string_match(output.text, sample.answers, any_of)
         return {"score": matched, "nll": output.gold_nll}
 
-    return Task(name, samples, score)
+    return Task(name + LATE if late else name, samples, score)
 
 
-def _sample(index: int, problem: Problem, tokenizer: Tokenizer, most: int) -> Sample:
-    prompt, opening = split_opening(
-        encode_prompt(tokenizer, chat(tokenizer, problem.user)),
-        encode(tokenizer, spoken(tokenizer, problem.opening)),
-    )
+def _sample(
+    index: int, problem: Problem, tokenizer: Tokenizer, most: int, late: bool
+) -> Sample:
+    text = chat(tokenizer, problem.user)
+    said = spoken(tokenizer, problem.opening)
+    if late:
+        cut = text.index(problem.context) + len(problem.context)
+        text, said = text[:cut], text[cut:] + said
+    prompt, opening = encode_prompt(tokenizer, text), encode(tokenizer, said)
+    if not late:
+        prompt, opening = split_opening(prompt, opening)
     gold = encode(tokenizer, " " + problem.gold)
     return Sample(
         index=index,
@@ -370,4 +383,7 @@ TASKS = [
     _make("freq_words_extraction", frequent_words, "fwe"),
     _make("qa", answering, "qa_1"),
     _make("qa", answering, "qa_2"),
+    _make("niah", needles, "niah_single_2", late=True),
+    _make("niah", needles, "niah_multikey_1", late=True),
+    _make("qa", answering, "qa_1", late=True),
 ]

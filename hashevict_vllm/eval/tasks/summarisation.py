@@ -2,9 +2,9 @@
 
 The texts are the essays of Debian's package ``anarchism``, cut at random places.
 
-``summarisation/rouge``: the model summarises a text; its output is compared with the
-full cache's own summary by ROUGE-L (F-measure, ``rouge-score``), and that summary's
-NLL is taken. The full cache itself scores 1 by definition.
+``summarisation/own``: the model summarises a text; the full cache's own summary is
+forced and its NLL taken. (ROUGE-L with that summary is a noisy yardstick: the full
+cache in another precision scores 72 of 100.)
 
 ``summarisation/prose``: the first half of a window is read as a prompt, the second is
 decoded by force. Counted are the positions from the budget on, the same for the full
@@ -24,7 +24,7 @@ from hashevict_vllm.eval.tasks.base import (
     encode,
     encode_prompt,
     largest,
-    mean,
+    own_answers,
     rng_of,
     split_opening,
 )
@@ -70,7 +70,7 @@ def summaries(n: int, length: int, seed: int, tokenizer: Tokenizer) -> list[Samp
 
 
 def _summary(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample:
-    tokens = encode(tokenizer, _excerpt("summarisation/rouge", index, length, seed))
+    tokens = encode(tokenizer, _excerpt("summarisation/own", index, length, seed))
     made: dict[int, Sample] = {}
 
     def fits(size: int) -> bool:
@@ -83,26 +83,7 @@ def _summary(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample
     return made[largest(8, min(len(tokens), length), fits)]
 
 
-def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L, F-measure."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
-    return float(scorer.score(reference, text)["rougeL"].fmeasure)
-
-
-def rouge_score(sample: Sample, output: Output) -> dict[str, float]:
-    """Against the full cache's summary; without one, this is the full cache's own."""
-    if not sample.answers:
-        nll = -mean(output.free_logprobs) if output.free_logprobs else 0.0
-        return {"score": 1.0, "nll": nll}
-    return {
-        "score": rouge_l(output.text, sample.answers[0]),
-        "nll": output.gold_nll,
-    }
-
-
 TASKS = [
-    Task("summarisation/rouge", summaries, rouge_score, uses_reference=True),
+    own_answers("summarisation/own", summaries),
     Task("summarisation/prose", prose, prose_score, metric="perplexity"),
 ]

@@ -1,0 +1,94 @@
+"""Chats: three questions on one text, each sent with the whole history before it.
+
+A chat is what clients of an API send: the text with the first question; then the same
+with the answer and the second question; and so on. Sample i is turn i mod 3 of chat
+i div 3; answers in the history are the gold ones, so that every policy reads the same.
+Texts and questions are articles of SQuAD, a question per paragraph.
+
+``chats/own``: the full cache's own reply, forced. ``chats/match``: whether a gold
+answer occurs in the policy's own reply.
+"""
+
+from __future__ import annotations
+
+from hashevict_vllm.eval import data
+from hashevict_vllm.eval.tasks.base import (
+    Output,
+    Sample,
+    Task,
+    Tokenizer,
+    conversation,
+    encode_prompt,
+    largest,
+    own_answers,
+    own_score,
+    rng_of,
+    split_opening,
+)
+from hashevict_vllm.eval.tasks.retrieval import string_match
+
+TURNS = 3
+REPLY_TOKENS = 64
+ASK = "{text}\n\n{query} Answer in one sentence."
+
+
+def samples(n: int, length: int, seed: int, tokenizer: Tokenizer) -> list[Sample]:
+    """`n` turns; the last of each chat is as long as fits."""
+    return [_sample(index, length, seed, tokenizer) for index in range(n)]
+
+
+def _sample(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample:
+    chat, turn = divmod(index, TURNS)
+    by_subject: dict[int, list[data.Question]] = {}
+    questions, documents = data.squad()
+    for question in questions:
+        by_subject.setdefault(min({*question.gold, *question.related}), []).append(
+            question
+        )
+    subjects = [found for found in by_subject.values() if _paragraphs(found) >= TURNS]
+    rng = rng_of("chats", length, seed, chat)
+    asked = rng.choice(subjects).copy()
+    rng.shuffle(asked)
+    one_each = list({question.gold[0]: question for question in asked}.values())
+    three = one_each[:TURNS]
+    related = [i for i in three[0].related if i not in {q.gold[0] for q in three}]
+    rng.shuffle(related)
+    made: dict[int, Sample] = {}
+
+    def prompt_of(size: int, turns: int) -> list[int]:
+        shown = sorted({q.gold[0] for q in three} | set(related[: size - TURNS]))
+        text = "\n\n".join(documents[i] for i in shown)
+        messages = []
+        for place, question in enumerate(three[: turns + 1]):
+            shape = ASK if place == 0 else ASK.removeprefix("{text}\n\n")
+            said = shape.format(text=text, query=question.query)
+            messages.append({"role": "user", "content": said})
+            if place < turns:
+                reply = question.answers[0].rstrip(".") + "."
+                messages.append({"role": "assistant", "content": reply})
+        return encode_prompt(tokenizer, conversation(tokenizer, messages))
+
+    def fits(size: int) -> bool:
+        prompt, opening = split_opening(prompt_of(size, turn), [])
+        answers = three[turn].answers
+        made[size] = Sample(index, prompt, opening, free=REPLY_TOKENS, answers=answers)
+        # The same text in all turns: what fits is asked of the last.
+        return len(prompt_of(size, TURNS - 1)) + REPLY_TOKENS <= length
+
+    return made[largest(TURNS, TURNS + len(related), fits)]
+
+
+def _paragraphs(questions: list[data.Question]) -> int:
+    return len({question.gold[0] for question in questions})
+
+
+def match_score(sample: Sample, output: Output) -> dict[str, float]:
+    """Whether a gold answer occurs, and the NLL of the reply."""
+    matched = string_match(output.text, sample.answers, any_of=True)
+    return {"score": matched, **own_score(sample, output)}
+
+
+TASKS = [
+    own_answers("chats/own", samples),
+    Task("chats/match", samples, match_score),
+]
