@@ -64,7 +64,7 @@ def test_decode_layer_measures_every_rule(tmp_path: Path, rule: str) -> None:
     assert row["rule"] == rule
     assert row["seconds"].keys() == {
         *("update 512", "attend 512", "update 1024", "attend 1024"),
-        *("evict", "attend evicted"),
+        *("evict", "attend evicted", "vote", "evict and vote"),
     }
     assert row["evict_share"]["n"] == row["speedup"]["1024"]["n"] == 2
     assert row["extra"]["median"] < row["evict_share"]["median"]

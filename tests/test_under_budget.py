@@ -39,7 +39,8 @@ def test_with_the_policy_off_backend_spec_and_manager_are_vllms_own(
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    with engine(llama, policy) as llm:
+    # None: vLLM's own default.
+    with engine(llama, policy, enable_prefix_caching=None) as llm:
         (group,) = runner_of(llm).attn_groups[0]
         assert group.backend is CPUAttentionBackend
         assert type(group.get_metadata_builder()) is CPUAttentionMetadataBuilder

@@ -63,6 +63,7 @@ def make_builder(options: argparse.Namespace) -> Any:
     llm = LLM(
         str(model),
         dtype="bfloat16",
+        skip_tokenizer_init=True,
         enforce_eager=True,
         block_size=BLOCK_SIZE,
         max_model_len=4 * options.segment,
