@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hashevict_vllm.attention.reuse import Reuse
 from support.oracle import resolve
 
 from hashevict_vllm.plan import cut_chunk
+from hashevict_vllm.reuse import Reuse
 
 N = 32
 POLICIES: dict[str, dict[str, Any]] = {
