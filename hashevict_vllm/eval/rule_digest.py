@@ -25,7 +25,13 @@ _RULES = {
 }
 _VOTE = (
     *("policies/base.py", "policies/frame.py", "policies/vote.py"),
-    *("kernels/*.py", "kernels/cpu/*.py", "attention/plan.py", "attention/cpu/*.py"),
+    *(
+        "kernels/*.py",
+        "kernels/cpu/*.py",
+        "plan.py",
+        "attention/*.py",
+        "attention/cpu/*.py",
+    ),
 )
 
 
