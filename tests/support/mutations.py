@@ -123,8 +123,8 @@ MUTATIONS = (
     Mutation(
         "scratch",
         "cache/manager.py",
-        "processed_computed_tokens < num_prompt_tokens",
-        "processed_computed_tokens < num_prompt_tokens // 2",
+        "processed_computed_tokens < self._prompt_len[request_id]",
+        "processed_computed_tokens < self._prompt_len[request_id] // 2",
         ("test_memory.py", "-k", "contract and held"),
     ),
     Mutation(
