@@ -92,6 +92,7 @@ def test_other_devices_are_refused_by_name(name: str, config: Any) -> None:
 
 def test_a_rule_without_gpu_kernel_is_refused_on_cuda_only(config: Any) -> None:
     config.additional_config = kv_policy("key_diff", budget=512)
+    config.cache_config.enable_prefix_caching = False
     assert refusal(config, "cpu") is None
     assert str(refusal(config)).startswith("--kv-policy: key_diff reads every live key")
 

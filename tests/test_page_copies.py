@@ -7,7 +7,7 @@ import torch
 
 from hashevict_vllm.cache.copies import PageCopy, copy_pages
 from hashevict_vllm.cache.page import tail_bytes
-from hashevict_vllm.kernels.triton.pages import view_pages
+from hashevict_vllm.kernels.pages import view_pages
 
 B, H, N, D, WORDS = 7, 2, 16, 8, 4
 KV = H * N * 2 * D * 4

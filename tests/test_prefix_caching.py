@@ -12,7 +12,7 @@ from support.engine import engine, greedy, runner_of, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
 
-from hashevict_vllm.kernels.triton.pages import view_pages
+from hashevict_vllm.kernels.pages import view_pages
 from hashevict_vllm.policies import make_rule
 
 SEGMENTS = {"budget": 201, "segment": 64}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from hashevict_vllm.kernels.triton.pages import view_pages
+from hashevict_vllm.kernels.pages import view_pages
 
 
 class PageCopy(NamedTuple):

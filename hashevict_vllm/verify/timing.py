@@ -15,6 +15,7 @@ from statistics import median
 import torch
 
 from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.pages import view_pages
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.arguments import (
@@ -25,7 +26,6 @@ from hashevict_vllm.kernels.triton.arguments import (
     Step,
     Tokens,
 )
-from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.kernels.triton.report import floor_bytes
 from hashevict_vllm.kernels.triton.shapes import Shape
 from hashevict_vllm.verify.checks import PASSED, Check

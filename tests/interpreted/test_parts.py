@@ -14,12 +14,12 @@ from support.paged_triton import TritonLayer
 
 from hashevict_vllm.attention.gpu.rule import device_rule
 from hashevict_vllm.config import KVPolicyError
+from hashevict_vllm.kernels.pages import DevicePages, view_pages
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.arguments import Page, Scratch, Signed, Step, Tokens
 from hashevict_vllm.kernels.triton.bits import popcount
-from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.kernels.triton.pieces import NAMES
 from hashevict_vllm.plan import Piece, cut_chunk
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
+from hashevict_vllm.kernels.pages import DevicePages, view_pages
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.arguments import (
@@ -17,7 +18,6 @@ from hashevict_vllm.kernels.triton.arguments import (
     Step,
     Tokens,
 )
-from hashevict_vllm.kernels.triton.pages import DevicePages, view_pages
 from hashevict_vllm.plan import cut_chunk, occupied_slots
 from hashevict_vllm.resolved import ResolvedKVPolicy
 

@@ -23,8 +23,8 @@ from vllm.v1.attention.backend import AttentionLayer
 from hashevict_vllm.attention.gpu.launches import Launches
 from hashevict_vllm.attention.impl import BudgetedImpl, LayerStep
 from hashevict_vllm.attention.inner import InnerBackend
+from hashevict_vllm.kernels.pages import view_pages
 from hashevict_vllm.kernels.triton.arguments import Page, Tokens
-from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.policies import make_rule
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hashevict_vllm.kernels.pages import DevicePages
 from hashevict_vllm.kernels.triton import launch
-from hashevict_vllm.kernels.triton.pages import DevicePages
 from hashevict_vllm.kernels.triton.rule import DeviceRule
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hashevict_vllm.kernels import codes
+from hashevict_vllm.kernels.pages import view_pages
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.aot import Launch, recorded_launches
@@ -18,7 +19,6 @@ from hashevict_vllm.kernels.triton.arguments import (
     Step,
     Tokens,
 )
-from hashevict_vllm.kernels.triton.pages import view_pages
 from hashevict_vllm.kernels.triton.rule import DeviceRule, make_salt
 
 _WORDS_BESIDE_SIGNATURE = {codes.NORM: 1, codes.VOTE: 2}
