@@ -70,6 +70,22 @@ def _split_digits(_model: Any, tokenizer: Any) -> None:
     )
 
 
+def _begin_with_bos(_model: Any, tokenizer: Any) -> None:
+    """Begin every text with the mark that Gemma was trained with.
+
+    transformers ignores the file's ``tokenizer.ggml.add_bos_token``; without the mark
+    the model repeats itself. (Its norms, stored plus one, are read rightly.)
+    """
+    from tokenizers import processors
+
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, tokenizer.bos_token_id)],
+    )
+
+
 def _numbered(package: str, version: str, count: int) -> tuple[tuple[str, str], ...]:
     """Parts whose packages and files are numbered from 1."""
     folder = package.replace("-", "_")
@@ -111,6 +127,7 @@ SOURCES = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         context_length=32768,
         seconds=60,
+        mend=_begin_with_bos,
     ),
 }
 """The models by name. All but Gemma (its own terms of use) are Apache-2.0."""

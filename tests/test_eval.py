@@ -339,7 +339,7 @@ def test_a_run_is_resumed_where_it_stopped_and_reported(
     tasks = {task.name: task for task in ALL if task.name in names}
     policies = [
         grid.parse_policy("hashevict:recent=8"),
-        grid.parse_policy("full:block_size=16"),
+        grid.parse_policy("full:block_size=64"),
         grid.parse_policy('{"name": "hashevict", "recent": 500, "label": "refused"}'),
     ]
     engines = grid.cells(policies, ["25%"], list(tasks), [LENGTH])
@@ -385,8 +385,8 @@ def _check_own_answers(path: Path, records: list[dict], tasks: dict[str, Task]) 
         first = len(answer["prompt"]) + len(answer["opening"])
         assert record["first_position"] == first
     found = {x.policy: x for x in losses(own, tasks)}
-    assert abs(found["full:block_size=16"].loss.value) < 1e-4  # float32
-    assert found["full:block_size=16"].unlikely.value == 0
+    assert abs(found["full:block_size=64"].loss.value) < 1e-4  # float32
+    assert found["full:block_size=64"].unlikely.value == 0
     assert found["hashevict:recent=8"].loss.value > 1e-3
 
 

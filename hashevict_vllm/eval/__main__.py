@@ -15,7 +15,7 @@ A policy is a name, a preset (paper, reference), name:key=value,... or JSON:
   --policies full hashevict paper hashevict:segment=prompt,hash_bits=128
 A share is one of the nominal context length, since an engine has one budget for all
 requests: 30% at 1024 is 307 tokens. 100% is the full cache, always run.
-full:dtype=float32 or full:block_size=16 is a second full cache: what noise costs.
+full:dtype=float32 or full:batch=5 is a second full cache: what noise costs.
 The full cache's own answers are kept in answers.jsonl, beside results.jsonl.
 Results that are in results.jsonl are not computed again.
 """

@@ -5,8 +5,8 @@
    perplexity over the policy's, at positions from the budget on (over all tokens of
    all samples; a sample that ends before the budget counts for nothing).
 2. A *weak* task is one on which the full cache itself scores under `WEAK` (20 %): its
-   accuracy says nothing. It is figured by the gold answer's NLL, as above, listed
-   apart, and not part of 3 and 4.
+   accuracy says nothing. It is figured by the gold answer's NLL, as above, where there
+   is one, listed apart, and not part of 3 and 4.
 3. *Family*: unweighted mean of its tasks that are not weak; a family with none of them
    is listed apart as well.
 4. *Mean*: unweighted mean of the families, without the query-agnostic ones, which are
@@ -64,7 +64,8 @@ class Line:
         mean_all: Over the families, weak tasks included by their NLL; None if some
             tasks have no samples.
         raw: Per task that has scores, their plain mean.
-        nll: Per task, mean NLL of the gold answer.
+        nll: Per task that has a gold answer to force, its mean NLL.
+        lengths: Per task with free answers, their mean length in tokens.
 
     """
 
@@ -77,6 +78,7 @@ class Line:
     mean_all: Figure | None
     raw: dict[str, float]
     nll: dict[str, float]
+    lengths: dict[str, float]
 
     @property
     def share(self) -> float:
@@ -158,6 +160,12 @@ def _line(
         {
             name: float(np.mean([_nll(record, budget) for record, _ in found]))
             for name, found in pairs.items()
+            if "nll" in found[0][0]["score"]
+        },
+        {
+            name: float(np.mean([record["answer_tokens"] for record, _ in found]))
+            for name, found in pairs.items()
+            if "answer_tokens" in found[0][0]
         },
     )
 
@@ -190,7 +198,12 @@ def relative_of(
 ) -> dict[str, Drawn]:
     """Figures by task; the same samples are drawn for the same numbers of them."""
     rng = np.random.default_rng(0)
-    by_nll = {name for name in pairs if tasks[name].metric != "score" or name in weak}
+    by_nll = {
+        name
+        for name, found in pairs.items()
+        if tasks[name].metric != "score"
+        or (name in weak and "nll" in found[0][0]["score"])
+    }
     return {
         name: _drawn(found, budget, name in by_nll, rng)
         for name, found in pairs.items()

@@ -88,7 +88,9 @@ def _section(
         rows = [[*_row_head(x), *(_show(x.tasks.get(n)) for n in weak)] for x in lines]
         parts.append(_table([*_HEAD, *weak], rows))
     parts.append("### Plain scores and NLL of the gold answer")
-    parts.append("`score / NLL`; NLL in nats per token; prose has NLL only.")
+    parts.append(
+        "`score / NLL, length of the answer`; NLL in nats per token, length in tokens."
+    )
     rows = [[*_row_head(x), *(_plain(x, n, tasks[n]) for n in names)] for x in lines]
     parts.append(_table([*_HEAD, *names], rows))
     return "\n\n".join(parts)
@@ -151,11 +153,12 @@ def _show(figure: Figure | None) -> str:
 
 
 def _plain(line: Line, name: str, task: Task) -> str:
-    if name not in line.nll:
+    if name not in line.tasks:
         return "–"
-    if task.metric == "perplexity":
-        return f"{line.nll[name]:.3f}"
-    return f"{line.raw[name]:.2f} / {line.nll[name]:.3f}"
+    parts = [f"{line.raw[name]:.2f}"] if task.metric == "score" else []
+    parts += [f"{line.nll[name]:.3f}"] if name in line.nll else []
+    length = f", {line.lengths[name]:.0f}" if name in line.lengths else ""
+    return " / ".join(parts) + length
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

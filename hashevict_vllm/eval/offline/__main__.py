@@ -21,7 +21,7 @@ TASKS = [
     "retrieval/qa_1",
     "choice/squad",
     "reasoning/gsm8k",
-    "summarisation/rouge",
+    "summarisation/own",
     "summarisation/prose",
 ]
 

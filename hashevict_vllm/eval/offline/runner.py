@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from hashevict_vllm.eval.answers import OwnAnswers
 from hashevict_vllm.eval.offline.generate import answer
 from hashevict_vllm.eval.offline.model import OfflineModel
 from hashevict_vllm.eval.offline.rules import Full, Rule
 from hashevict_vllm.eval.records import Record, Store, versions
 from hashevict_vllm.eval.runner import details
 from hashevict_vllm.eval.tasks import TASKS
-from hashevict_vllm.eval.tasks.base import Continuation, Sample
+from hashevict_vllm.eval.tasks.base import Sample
 
 NO_LIMIT = 1 << 30
 """Budget of the full cache."""
@@ -40,6 +40,7 @@ class OfflineRunner:
 
         self.path, self.dtype, self.store = model, dtype, store
         self.samples, self.seed = samples, seed
+        self.answers = OwnAnswers(store.path.with_name("answers.jsonl"))
         tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=1 << 30)
         self.model = OfflineModel(model, tokenizer, dtype)
 
@@ -65,10 +66,11 @@ class OfflineRunner:
     ) -> None:
         keys = [self.key(rule, task, length, sample.index) for rule in rules]
         if TASKS[task].uses_reference:
-            # The gold answer is the full cache's, which has to be known first.
-            if self.store.find(keys[0]) is None:
-                self._answer(rules[:1], keys[:1], task, sample)
-            sample = self._with_reference(sample, self.store.find(keys[0]))
+            # The gold answer is the full cache's: the served engine's where it is kept.
+            if self.answers.output(keys[0], sample) is None:
+                (output,) = answer(self.model, sample, rules[:1])
+                self.answers.keep([(keys[0], sample, output)])
+            sample = self.answers.forced(keys[0], sample)
         missing = [
             (rule, key)
             for rule, key in zip(rules, keys, strict=True)
@@ -114,9 +116,3 @@ class OfflineRunner:
             "seed": self.seed,
             "index": index,
         }
-
-    @staticmethod
-    def _with_reference(sample: Sample, record: Record | None) -> Sample:
-        assert record is not None, "the full cache is run first"
-        gold = Continuation(sample.opening + record["token_ids"], len(sample.opening))
-        return dataclasses.replace(sample, forced=(gold,), answers=(record["text"],))

@@ -105,7 +105,8 @@ class Task:
         name: ``family/task``.
         samples: The generator.
         score: Maps a sample and its output to ``score`` (1 is right, 0 what guessing
-            gets) and ``nll`` (of the gold answer, nats per token).
+            gets) and, where there is a gold answer to force, its ``nll`` (nats per
+            token).
         metric: ``score``, or ``perplexity`` for a task that has no right answers.
         uses_reference: Whether the gold answer is the full cache's own output, which
             is made once and kept (`hashevict_vllm.eval.answers`).

@@ -20,7 +20,6 @@ from hashevict_vllm.eval.tasks.base import (
     encode_prompt,
     largest,
     own_answers,
-    own_score,
     rng_of,
     split_opening,
 )
@@ -76,9 +75,9 @@ def obeyed(text: str, first: str, name: str, last: str) -> list[bool]:
 
 
 def obeyed_score(sample: Sample, output: Output) -> dict[str, float]:
-    """Share of the rules obeyed, and the NLL of the reply."""
+    """Share of the rules obeyed."""
     kept = obeyed(output.text, *sample.answers)
-    return {"score": sum(kept) / len(kept), **own_score(sample, output)}
+    return {"score": sum(kept) / len(kept)}
 
 
 TASKS = [

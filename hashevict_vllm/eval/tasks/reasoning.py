@@ -12,7 +12,7 @@ examples up to the nominal length, as few-shot evaluation does; they come from t
 Plain text, no chat template: a base model's format.
 
 Score of the last two: the number after ``####`` (without it, the last number) equals
-the gold one; and the NLL of the answer itself, or of the gold solution.
+the gold one; of the few-shot task also the NLL of the gold solution.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from hashevict_vllm.eval.tasks.base import (
     encode_prompt,
     largest,
     own_answers,
-    own_score,
     rng_of,
     split_opening,
 )
@@ -128,9 +127,8 @@ def _chain(
 
 
 def solved_score(sample: Sample, output: Output) -> dict[str, float]:
-    """Exact match of the final number, and the NLL of the chain that led there."""
-    right = final_number(output.text) == sample.answers[0]
-    return {"score": float(right), **own_score(sample, output)}
+    """Exact match of the final number of the policy's own chain."""
+    return {"score": float(final_number(output.text) == sample.answers[0])}
 
 
 TASKS = [
