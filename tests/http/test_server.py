@@ -70,7 +70,7 @@ REFUSED = {
     "tiny budget": (
         (*ON[:3], "10"),
         "vllm: error: --kv-budget: 10 tokens is smaller than sinks + recent + one "
-        "block (16 + 2 + 128 = 146); use more, or smaller blocks: --block-size 32.",
+        "block (4 + 2 + 128 = 134); use more, or smaller blocks: --block-size 32.",
     ),
     "unknown policy": (
         ("--kv-policy", "hashevit", *ON[2:]),
