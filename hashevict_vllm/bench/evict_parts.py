@@ -19,21 +19,21 @@ from hashevict_vllm.bench import timing
 from hashevict_vllm.bench.decode_layer import resolve
 from hashevict_vllm.bench.layer import Attention, BudgetedLayer, Shape
 from hashevict_vllm.bench.results import Results, show_progress
-from hashevict_vllm.kernels.cpu.borrow import borrowed
-from hashevict_vllm.kernels.cpu.evict import lent_chosen, new_chosen
+from hashevict_vllm.kernels.cpu.evict import new_chosen, unowned_chosen
 from hashevict_vllm.kernels.cpu.frame import adjacent_keys, describe_in, frame_of
 from hashevict_vllm.kernels.cpu.hash import hash_row
 from hashevict_vllm.kernels.cpu.layer import (
     hold,
-    lent_scratch,
     new_scratch,
     pages_of,
     rule_of,
+    unowned_scratch,
 )
 from hashevict_vllm.kernels.cpu.scan import best_slot, reset_best
 from hashevict_vllm.kernels.cpu.scores import merge_queries, scan_block
 from hashevict_vllm.kernels.cpu.slots import copy_in
 from hashevict_vllm.kernels.cpu.tokens import addresses, load_new_key, tokens_at
+from hashevict_vllm.kernels.cpu.views import unowned
 from hashevict_vllm.kernels.cpu.votes import cast_votes
 
 
@@ -109,7 +109,7 @@ def measure(
 @njit(nogil=True)
 def _write(where, numbers, places, table, slots):
     pages, tokens = pages_of(*where), tokens_at(places, where[0])
-    table = borrowed(table)
+    table = unowned(table)
     for row in range(len(table)):
         for head in range(pages.heads):
             copy_in(pages, tokens, row, table[row], slots[row, head], head)
@@ -121,7 +121,7 @@ def _hash(where, numbers, places, table, queries):
     tokens = tokens_at(places, where[0])
     own_scratch = new_scratch(pages, rule, tokens)
     own_chosen = new_chosen(pages, own_scratch)
-    scratch, chosen = lent_scratch(own_scratch), lent_chosen(own_chosen)
+    scratch, chosen = unowned_scratch(own_scratch), unowned_chosen(own_chosen)
     words = np.empty((rule.bits + 31) // 32, np.int32)
     for row in range(len(table)):
         for head in range(pages.heads):
@@ -135,7 +135,7 @@ def _hash(where, numbers, places, table, queries):
 
 @njit(nogil=True)
 def _scan(where, numbers, places, table, budget):
-    pages, rule, table = pages_of(*where), rule_of(*numbers), borrowed(table)
+    pages, rule, table = pages_of(*where), rule_of(*numbers), unowned(table)
     scratch = new_scratch(pages, rule, tokens_at(places, where[0]))
     chosen, total, t = new_chosen(pages, scratch), np.int64(0), 5 * budget
     merged, best, scores = chosen.merged, chosen.best, scratch.scores
@@ -155,7 +155,7 @@ def _scan(where, numbers, places, table, budget):
 
 @njit(nogil=True)
 def _frame(where, numbers, places, table):
-    pages, rule, table = pages_of(*where), rule_of(*numbers), borrowed(table)
+    pages, rule, table = pages_of(*where), rule_of(*numbers), unowned(table)
     tokens = tokens_at(places, where[0])
     scratch, frame = new_scratch(pages, rule, tokens), np.empty(3 * pages.dim)
     lanes = adjacent_keys(pages.k_map, rule.sinks)
@@ -169,7 +169,7 @@ def _frame(where, numbers, places, table):
 
 @njit(nogil=True)
 def _ballot(where, numbers, places, table, budget):
-    pages, rule, table = pages_of(*where), rule_of(*numbers), borrowed(table)
+    pages, rule, table = pages_of(*where), rule_of(*numbers), unowned(table)
     tokens, frame = tokens_at(places, where[0]), np.zeros(3 * pages.dim)
     for row in range(len(table)):
         for head in range(pages.heads):

@@ -19,7 +19,7 @@ from hashevict_vllm.attention.rounds import cut_step
 from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels.cpu import launch
-from hashevict_vllm.kernels.cpu.team import find_team
+from hashevict_vllm.kernels.cpu.openmp import find_openmp
 from hashevict_vllm.kernels.cpu.tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.policies import make_rule
@@ -221,7 +221,7 @@ class BudgetedLayer:
             self.pages.kernel_geometry,
             rule_array(policy),
             vote_strengths(policy, shape.scale, shape.head_dim),
-            find_team(),
+            find_openmp(),
         )
         launch.warm_up(np.dtype(f"u{shape.dtype.itemsize}"))
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.http
 def test_patched_vllm_serves_with_the_options_and_the_log(
     smollm: Path, tmp_path: Path
 ) -> None:
-    """That nothing is patched at run time is shown by tests/test_patches.py."""
+    """`tests/vllm_patches/test_patches.py` shows that nothing is patched."""
     (tmp_path / "copy").mkdir()
     env = {"PYTHONPATH": python_path(make_copy(tmp_path / "copy"))}
     flags = ["--kv-policy", "hashevict", "--kv-budget", "512"]

@@ -1,7 +1,7 @@
 """Tests that need Triton's interpreter, which is chosen before Triton is imported.
 
-`tests/test_triton_kernels.py` runs this folder in a process of its own, so that the
-other tests see Triton as it is. By hand: ``TRITON_INTERPRET=1 pytest
+`tests/kernels/triton/test_triton_kernels.py` runs this folder in a process of its own,
+so that the other tests see Triton as it is. By hand: ``TRITON_INTERPRET=1 pytest
 tests/interpreted``.
 """
 

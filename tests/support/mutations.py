@@ -45,12 +45,12 @@ class Mutation:
 
 
 PLAN = ("test_plan.py",)
-VOTERS = ("test_voters.py",)
+VOTERS = ("policies/test_voters.py",)
 
 
 def kernels(expression: str) -> tuple[str, ...]:
     """Tests of the CPU kernels against the oracle."""
-    return ("test_cpu_kernels.py", "-k", expression)
+    return ("kernels/cpu/test_cpu_kernels.py", "-k", expression)
 
 
 MUTATIONS = (
@@ -125,7 +125,7 @@ MUTATIONS = (
         "cache/manager.py",
         "processed_computed_tokens < self._prompt_len[request_id]",
         "processed_computed_tokens < self._prompt_len[request_id] // 2",
-        ("test_memory.py", "-k", "contract and held"),
+        ("cache/test_memory.py", "-k", "contract and held"),
     ),
     Mutation(
         "decay",

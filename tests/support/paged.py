@@ -11,7 +11,7 @@ from hashevict_vllm.attention.cpu.constants import rule_array, vote_strengths
 from hashevict_vllm.attention.rounds import Pieces
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels.cpu import launch
-from hashevict_vllm.kernels.cpu.team import find_team
+from hashevict_vllm.kernels.cpu.openmp import find_openmp
 from hashevict_vllm.kernels.cpu.tokens import addresses
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.plan import cut_chunk, occupied_slots
@@ -98,7 +98,7 @@ class PagedLayer:
             self.pages.kernel_geometry,
             self.rule,
             self.strengths,
-            np.array([find_team()[0], self.threads], np.int64),
+            np.array([find_openmp()[0], self.threads], np.int64),
         )
         # A model's q, k and v are slices of one projection: rows do not lie together.
         joined = torch.cat([q, k, v], dim=1)

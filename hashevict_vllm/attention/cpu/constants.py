@@ -11,7 +11,7 @@ import torch
 
 from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.kernels.cpu import launch
-from hashevict_vllm.kernels.cpu.team import find_team
+from hashevict_vllm.kernels.cpu.openmp import find_openmp
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.policies import make_rule
 from hashevict_vllm.policies.vote import estimate_scale
@@ -54,7 +54,7 @@ class KernelConstants:
         v_map: int32 [N, D].
         rule: int64 [6], see `rule_array`.
         strengths: float32 [3], see `vote_strengths`.
-        team: int64 [2], see `find_team`.
+        openmp: int64 [2], see `find_openmp`.
 
     """
 
@@ -63,7 +63,7 @@ class KernelConstants:
     v_map: np.ndarray
     rule: np.ndarray
     strengths: np.ndarray
-    team: np.ndarray
+    openmp: np.ndarray
     budget: int
 
     @classmethod
@@ -99,6 +99,6 @@ class KernelConstants:
             v_map=v_map.astype(np.int32),
             rule=rule_array(policy),
             strengths=vote_strengths(policy, layer.impl.scale, spec.head_size),
-            team=find_team(),
+            openmp=find_openmp(),
             budget=policy.budget,
         )

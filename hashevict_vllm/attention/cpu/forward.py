@@ -35,7 +35,7 @@ class BudgetedImplMixin(BudgetedImpl):
             pages.kernel_geometry,
             constants.rule,
             constants.strengths,
-            constants.team,
+            constants.openmp,
         )
         for part in step.metadata.rounds:
             launch.write_tokens(

@@ -15,7 +15,6 @@ from hashevict_vllm.kernels.codes import (
     RECENCY,
     VOTE,
 )
-from hashevict_vllm.kernels.cpu.borrow import borrowed
 from hashevict_vllm.kernels.cpu.frame import leave_undescribed
 from hashevict_vllm.kernels.cpu.hamming import merge, merged_shape
 from hashevict_vllm.kernels.cpu.jit import inlined
@@ -33,6 +32,7 @@ from hashevict_vllm.kernels.cpu.slots import (
     write_words,
 )
 from hashevict_vllm.kernels.cpu.tokens import load_new_key
+from hashevict_vllm.kernels.cpu.views import unowned
 
 BLOCKS_AHEAD = 4
 """Blocks whose metadata are asked for before a scan; then one by one, as it goes on."""
@@ -86,13 +86,13 @@ def new_chosen(pages, scratch):
 
 
 @njit
-def lent_chosen(own):
-    """The same arrays, borrowed, as `lent_scratch`."""
+def unowned_chosen(own):
+    """The same arrays, unowned, as `unowned_scratch`."""
     return Chosen(
-        borrowed(own.words),
-        borrowed(own.merged),
-        borrowed(own.best),
-        borrowed(own.victims),
+        unowned(own.words),
+        unowned(own.merged),
+        unowned(own.best),
+        unowned(own.victims),
     )
 
 

@@ -82,7 +82,7 @@ def survive_full_disk(compiled: Any, warn: Callable[[str], None]) -> None:
 
     Args:
         compiled: numba's dispatcher; its private ``_cache`` loads and saves
-            (numba/core/caching.py, held by tests/test_jit.py).
+            (numba/core/caching.py, held by tests/kernels/cpu/test_jit.py).
         warn: Called with the reason.
 
     """

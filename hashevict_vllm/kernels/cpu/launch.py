@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.cpu.borrow import borrowed
 from hashevict_vllm.kernels.cpu.jit import kernel
 from hashevict_vllm.kernels.cpu.layer import pages_of, rule_of
+from hashevict_vllm.kernels.cpu.openmp import share_items
 from hashevict_vllm.kernels.cpu.replay import replay_items
-from hashevict_vllm.kernels.cpu.team import share_items
 from hashevict_vllm.kernels.cpu.tokens import tokens_at
+from hashevict_vllm.kernels.cpu.views import unowned
 from hashevict_vllm.kernels.cpu.write import Writes, write_items
 
 SCAN_WORK = 4
@@ -41,7 +41,7 @@ def write_tokens(
     geometry,
     rule,
     strengths,
-    team,
+    openmp,
 ):
     """Hash, choose the slot, write K, V, signature and position of single tokens.
 
@@ -66,7 +66,7 @@ def write_tokens(
         rule: int64 [6]: sinks, recent, kind of score (`codes`), seed, pool, vote_every.
         strengths: float32 [3]: factor of the hashed part of a logit, decay, softmax
             scale.
-        team: int64 [2], as `hashevict_vllm.kernels.cpu.team.find_team`.
+        openmp: int64 [2], as `hashevict_vllm.kernels.cpu.openmp.find_openmp`.
 
     Raises:
         RuntimeError: If a part of the tokens was not written.
@@ -83,28 +83,28 @@ def write_tokens(
             rule_of(rule, projection, geometry[8], strengths),
             tokens_at(places, elements),
             Writes(
-                borrowed(rows),
-                borrowed(positions),
-                borrowed(slots),
-                borrowed(evict),
-                borrowed(requests),
-                borrowed(block_table),
+                unowned(rows),
+                unowned(positions),
+                unowned(slots),
+                unowned(evict),
+                unowned(requests),
+                unowned(block_table),
             ),
         ),
         runs * heads,
-        team[0],
-        _threads(team, runs * heads, work),
+        openmp[0],
+        _threads(openmp, runs * heads, work),
     )
     if not done:
         raise RuntimeError("an eviction kernel failed; not all tokens were written")
 
 
 @njit
-def _threads(team, items, work):
+def _threads(openmp, items, work):
     """How many threads are worth starting for so many items, and as much work."""
-    if team[0] == 0:
+    if openmp[0] == 0:
         return 1
-    return max(1, min(team[1], items, work // WORK_OF_A_THREAD))
+    return max(1, min(openmp[1], items, work // WORK_OF_A_THREAD))
 
 
 @kernel
@@ -120,7 +120,7 @@ def replay_segments(
     geometry,
     rule,
     strengths,
-    team,
+    openmp,
     budget,
 ):
     """Replay the decode rule for tokens beyond the budget; compact complete segments.
@@ -141,7 +141,7 @@ def replay_segments(
         geometry: As `write_tokens`.
         rule: As `write_tokens`.
         strengths: As `write_tokens`.
-        team: As `write_tokens`.
+        openmp: As `write_tokens`.
         budget: C.
 
     Raises:
@@ -155,13 +155,13 @@ def replay_segments(
             pages_of(elements, tail, k_map, v_map, geometry),
             rule_of(rule, projection, geometry[8], strengths),
             tokens_at(places, elements),
-            borrowed(pieces),
-            borrowed(block_table),
+            unowned(pieces),
+            unowned(block_table),
             budget,
         ),
         items,
-        team[0],
-        _threads(team, items, items * WORK_OF_A_THREAD),
+        openmp[0],
+        _threads(openmp, items, items * WORK_OF_A_THREAD),
     )
     if not done:
         raise RuntimeError("an eviction kernel failed; not all segments were reduced")
@@ -179,8 +179,8 @@ def warm_up(dtype: np.dtype) -> None:
     none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
     geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
     floats = np.zeros(3, np.float32)
-    team = np.array([0, 1], np.int64)
-    common = (table, floats, table, table, geometry, rule, floats, team)
+    openmp = np.array([0, 1], np.int64)
+    common = (table, floats, table, table, geometry, rule, floats, openmp)
     no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 8), np.int32)
     write_tokens(elements, tail, places, none, none, none, no_flags, none, *common)
     replay_segments(elements, tail, places, no_pieces, *common, 1)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from hashevict_vllm.kernels.codes import HAMMING_TO_QUERY
-from hashevict_vllm.kernels.cpu.borrow import borrowed
+from hashevict_vllm.kernels.cpu.views import unowned
 
 
 class Pages(NamedTuple):
@@ -118,35 +118,35 @@ def new_scratch(pages, rule, tokens):
 
 
 @njit
-def lent_scratch(own):
-    """The same arrays, borrowed, as numba counts a reference at every use of its own.
+def unowned_scratch(own):
+    """The same arrays, unowned, as numba counts a reference at every use of its own.
 
     The owner must be held (`hold`) until the last use.
     """
     return Scratch(
-        borrowed(own.x),
-        borrowed(own.dots),
-        borrowed(own.sources),
-        borrowed(own.key),
-        borrowed(own.key_dots),
-        borrowed(own.words),
-        borrowed(own.scores),
+        unowned(own.x),
+        unowned(own.dots),
+        unowned(own.sources),
+        unowned(own.key),
+        unowned(own.key_dots),
+        unowned(own.words),
+        unowned(own.scores),
     )
 
 
 @njit
 def hold(scratch, chosen):
-    """Keep owners of borrowed arrays alive until here."""
+    """Keep owners of unowned arrays alive until here."""
 
 
 @njit
 def pages_of(elements, tail, k_map, v_map, geometry):
-    """`Pages` of what `kernels.cpu.launch.write_tokens` takes, borrowed."""
+    """`Pages` of what `kernels.cpu.launch.write_tokens` takes, unowned."""
     return Pages(
-        borrowed(elements),
-        borrowed(tail),
-        borrowed(k_map),
-        borrowed(v_map),
+        unowned(elements),
+        unowned(tail),
+        unowned(k_map),
+        unowned(v_map),
         geometry[0],
         geometry[1],
         geometry[2],
@@ -160,7 +160,7 @@ def pages_of(elements, tail, k_map, v_map, geometry):
 
 @njit
 def rule_of(rule, projection, bits, strengths):
-    """`Rule` of what `kernels.cpu.launch.write_tokens` takes, borrowed."""
+    """`Rule` of what `kernels.cpu.launch.write_tokens` takes, unowned."""
     return Rule(
         rule[2],
         rule[0],
@@ -168,7 +168,7 @@ def rule_of(rule, projection, bits, strengths):
         rule[3],
         rule[4],
         rule[5],
-        borrowed(projection),
+        unowned(projection),
         bits,
         strengths[0],
         strengths[1],

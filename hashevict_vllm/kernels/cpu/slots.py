@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from hashevict_vllm.kernels.codes import BFLOAT16, FLOAT16
-from hashevict_vllm.kernels.cpu.borrow import prefetch
 from hashevict_vllm.kernels.cpu.jit import inlined
+from hashevict_vllm.kernels.cpu.views import prefetch
 
 FP16_REBIAS = np.float32(2.0**112)
 """Factor on a float16's bits, read as those of a float32."""

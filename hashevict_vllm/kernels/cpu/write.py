@@ -23,14 +23,14 @@ from hashevict_vllm.kernels.cpu.evict import (
     Evicting,
     choose_victims,
     describe_new,
-    lent_chosen,
     look_ahead,
     new_chosen,
     overwrite,
+    unowned_chosen,
 )
 from hashevict_vllm.kernels.cpu.frame import adjacent_keys
 from hashevict_vllm.kernels.cpu.jit import inlined
-from hashevict_vllm.kernels.cpu.layer import hold, lent_scratch, new_scratch
+from hashevict_vllm.kernels.cpu.layer import hold, new_scratch, unowned_scratch
 from hashevict_vllm.kernels.cpu.slots import copy_in, prefetch_slot
 
 
@@ -75,7 +75,7 @@ def write_items(pages, rule, tokens, writes, first, last):
     heads = pages.heads
     own_scratch = new_scratch(pages, rule, tokens)
     own_chosen = new_chosen(pages, own_scratch)
-    scratch, chosen = lent_scratch(own_scratch), lent_chosen(own_chosen)
+    scratch, chosen = unowned_scratch(own_scratch), unowned_chosen(own_chosen)
     votes = rule.score == VOTE
     lanes = adjacent_keys(pages.k_map, rule.sinks if votes else 0)
     frame = np.empty(3 * pages.dim if votes else 0, np.float64)

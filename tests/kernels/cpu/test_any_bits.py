@@ -11,7 +11,7 @@ from numba import njit
 from support.oracle import resolve
 from support.paged import POISON, PagedLayer
 
-from hashevict_vllm.kernels.cpu.team import find_team, share_items
+from hashevict_vllm.kernels.cpu.openmp import find_openmp, share_items
 from hashevict_vllm.policies.reference import ReferenceLayer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -179,7 +179,7 @@ def _share(done, items, start, threads):
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_team_tells_of_a_failing_item_and_does_the_other_parts(threads: int) -> None:
-    start = int(find_team()[0])
+    start = int(find_openmp()[0])
     done = np.zeros(8, np.int64)
     assert not _share(done, 8, start, threads)
     assert done[:3].all()

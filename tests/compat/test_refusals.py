@@ -218,7 +218,7 @@ def test_every_rule_has_a_case():
     cases = {*MODELS, *FLAGS, "vllm_version", "kv_connector", "kv_events"}
     cases |= {"context_parallel", "hybrid_manager_off", "diffusion"}
     cases |= {"replicated_kv_heads"}
-    # tests/test_device.py
+    # tests/attention/gpu/test_device.py
     cases |= {"platform", "inner_backend", "microbatches", "device_kernels"}
     assert {rule.__name__ for rule in rules.RULES} == cases
 

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 
 @intrinsic
-def borrowed(typingctx: Any, array: Any) -> Any:
+def unowned(typingctx: Any, array: Any) -> Any:
     """The same array without an owner, for the time of a kernel call.
 
     numba counts references of every slice of an owned array, atomically: in the scan of

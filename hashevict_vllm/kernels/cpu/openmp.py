@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-def find_team() -> np.ndarray:
+def find_openmp() -> np.ndarray:
     """This process's OpenMP threads: address of GOMP_parallel, and their number.
 
     Returns:
@@ -45,7 +45,7 @@ def share_items(
     Every thread claims a part of [0, items) by counting up, until none is left: should
     OpenMP start fewer threads than were asked for, the others do more.
 
-    ``run`` is compiled; ``arguments`` a tuple of borrowed arrays and numbers; ``start``
+    ``run`` is compiled; ``arguments`` a tuple of unowned arrays and numbers; ``start``
     the address of GOMP_parallel; ``threads`` at least 1.
 
     Returns:

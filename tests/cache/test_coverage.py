@@ -94,7 +94,7 @@ def test_the_plugin_is_named_as_pyproject_registers_it() -> None:
 
     from hashevict_vllm.config import PLUGIN, PLUGIN_GROUP
 
-    text = Path(__file__).parent.with_name("pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert list(tomllib.loads(text)["project"]["entry-points"][PLUGIN_GROUP]) == [
         PLUGIN
     ]

@@ -19,7 +19,7 @@ BUDGET = 160
 POLICY = {"budget": BUDGET, "segment": 64}
 LENGTHS = (20, BUDGET, 333, 700)
 TOKENS = 50
-DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def value(name: str, **labels: str) -> float:

@@ -15,8 +15,8 @@ from support.paged import POISON, PagedLayer
 
 from hashevict_vllm.kernels.codes import UNDESCRIBED
 from hashevict_vllm.kernels.cpu import hash as cpu_hash
-from hashevict_vllm.kernels.cpu.borrow import borrowed
 from hashevict_vllm.kernels.cpu.layer import pages_of, rule_of
+from hashevict_vllm.kernels.cpu.views import unowned
 from hashevict_vllm.kernels.cpu.votes import mark_losers
 from hashevict_vllm.kernels.projection import make_projection, num_words
 from hashevict_vllm.kernels.signature import pack_bits, signature_bits
@@ -273,5 +273,5 @@ def test_losers_of_a_ballot_are_marked_with_the_complement_as_well() -> None:
 @njit
 def _mark_losers(where, numbers, block_table, num_slots, budget):  # type: ignore[no-untyped-def]
     pages, rule = pages_of(*where), rule_of(*numbers)
-    blocks = borrowed(block_table)[0]
+    blocks = unowned(block_table)[0]
     mark_losers(pages, rule, blocks, num_slots, 0, num_slots, budget)

@@ -22,7 +22,7 @@ from hashevict_vllm.kernels.triton.aot import (
 from hashevict_vllm.kernels.triton.machine import MachineCode
 from hashevict_vllm.kernels.triton.shapes import SHAPES, Shape
 
-_INTERPRETED = Path(__file__).parent / "interpreted"
+_INTERPRETED = Path(__file__).parents[2] / "interpreted"
 
 
 @pytest.mark.parametrize(
