@@ -22,12 +22,12 @@ inlined = njit(inline="always")
 
 
 def _sources_digest() -> str:
-    """A digest of kernels and policies, whose constants are compiled in.
+    """A digest of the kernels' sources and of the constants compiled into them.
 
     numba itself looks at the date of one file.
     """
     digest, package = hashlib.sha256(), Path(__file__).parents[2]
-    for folder in ("kernels", "kernels/cpu", "policies"):
+    for folder in ("kernels", "kernels/cpu"):
         for path in sorted((package / folder).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -19,7 +19,7 @@ import hashevict_vllm
 from hashevict_vllm.kernels.cpu import jit, jit_cache
 
 
-@pytest.mark.parametrize("changed", ["kernels/cpu/scan.py", "policies/vote.py"])
+@pytest.mark.parametrize("changed", ["kernels/cpu/scan.py", "kernels/codes.py"])
 def test_changed_sources_are_compiled_anew(
     changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
