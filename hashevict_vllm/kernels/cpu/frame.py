@@ -123,6 +123,13 @@ def _normalise(x, square):
 
 
 @njit
+def _drop_infinite(x):
+    """Put 0 in the place of elements of float64 x [D] that are not finite."""
+    for d in range(len(x)):
+        x[d] = x[d] if abs(x[d]) < np.inf else 0.0
+
+
+@njit
 def frame_of(pages, blocks, head, lanes, sinks, x, frame):
     """Write the frame of a (request, KV head), `KeyFrame.of`; all sinks must be there.
 
@@ -136,6 +143,8 @@ def frame_of(pages, blocks, head, lanes, sinks, x, frame):
         load_key(pages, blocks, 0, head, x)
         for d in range(dim):
             one[d] = x[d]
+    _drop_infinite(centre)
+    _drop_infinite(one)
     _normalise(one, _dot(one, one))
     shared = _dot(centre, one)
     for d in range(dim):
