@@ -63,7 +63,12 @@ def test_any_bits_leave_the_budget_and_the_protected_slots(
 
 @pytest.mark.parametrize(
     ("rule", "sinks"),
-    [("norm", {}), ("vote", {}), ("vote", {0: NAN, 2: INF}), ("vote", {0: INF, 2: NAN})],
+    [
+        ("norm", {}),
+        ("vote", {}),
+        ("vote", {0: NAN, 2: INF}),
+        ("vote", {0: INF, 2: NAN}),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_keys_that_are_not_finite_are_ranked_as_the_oracle_ranks_them(
