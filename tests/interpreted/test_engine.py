@@ -74,6 +74,8 @@ def test_tokens_equal_the_oracle_with_both_model_runners(
         assert group.backend.get_name() == backend
         assert isinstance(group.metadata_builders[0], DeviceMetadataBuilderMixin)
         tokens = [greedy(llm, batch, TOKENS) for batch in prompts]
+        # Ballots of the last layer were joined when the model had ended.
+        assert group.metadata_builders[0].constants.fork.ends_with_model
     oracle, resolved = Oracle(llama), resolve(policy, 16)
     assert tokens == [
         [oracle.greedy(prompt, resolved, TOKENS) for prompt in batch]

@@ -24,6 +24,26 @@ ENGINE_FACTS = (
         says=("self.model_runner.get_kv_cache_spec()",),
     ),
     Fact(
+        "vllm/v1/worker/gpu_worker.py:Worker.get_model",
+        "vllm_patches/engine_core.py joins ballots when the model's forward ends",
+        takes=("self",),
+        says=("self.model_runner.get_model()",),
+    ),
+    Fact(
+        "vllm/compilation/cuda_graph.py:CUDAGraphWrapper.__call__",
+        "attention/gpu/fork.py: the model is captured with its forward hooks",
+        says=("output = self.runnable(*args, **kwargs)",),
+    ),
+    Fact(
+        "vllm/v1/worker/gpu/cudagraph_utils.py:CudaGraphManager.capture",
+        "attention/gpu/fork.py: the model runs once before it is captured",
+        says=(
+            "forward_fn(CUDAGraphMode.NONE)",
+            "torch.cuda.graph(",
+            "forward_fn(CUDAGraphMode.NONE)",
+        ),
+    ),
+    Fact(
         "vllm/config/model.py:ModelConfig",
         "cache/late.py knows --max-model-len auto by it",
         says=("self.original_max_model_len = self.max_model_len",),
