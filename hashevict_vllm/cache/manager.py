@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from hashevict_vllm.cache.bounds import BlockBounds
@@ -16,6 +14,8 @@ from hashevict_vllm.cache.bounds import BlockBounds
 
 class BudgetedAttentionManager(SingleTypeKVCacheManager):
     """Bounds a request to C + S slots while its prompt is read, to C afterwards.
+
+    What is cached, and how it is found, `hashevict_vllm.cache.prefix` adds.
 
     Lengths follow from token counts alone, as the worker's plan does
     (`hashevict_vllm.plan`): after x tokens of a prompt of P, at most
@@ -115,19 +115,3 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
     def has_positionally_stable_blocks(self) -> bool:
         """Slots are overwritten by later tokens."""
         return False
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: BlockHashList,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
-        kv_cache_spec: KVCacheSpec,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Never hits: see `hashevict_vllm.cache.prefix`."""
-        return tuple([] for _ in kv_cache_group_ids), 0

@@ -40,6 +40,8 @@ class DeviceRound:
         pieces: int32 [P, columns], see `hashevict_vllm.kernels.triton.pieces`.
         token_piece: int32 [T], row of ``pieces`` of every token, -1 for none; None
             where every piece has one token.
+        inner: Returns the inner backend's metadata for this call; to be called right
+            before it.
         rows: Rows of q, k, v that take part: int64 [n], or a slice; None for all.
         decodes: Whether it was planned on the device: all may evict, none is reduced.
         copies: Whether any token takes the slot that its piece names.
@@ -48,21 +50,19 @@ class DeviceRound:
         reduced: int32 [P', columns], pieces that overflow the budget, or whose segment
             is voted on; None for none.
         longest: Positions, at least of every token of ``reduced``.
-        inner: Returns the inner backend's metadata for this call; to be called right
-            before it.
 
     """
 
     pieces: torch.Tensor
     token_piece: torch.Tensor | None
-    rows: torch.Tensor | slice | None
-    decodes: bool
-    copies: bool
-    evicting: torch.Tensor | None
-    voting: torch.Tensor | None
-    reduced: torch.Tensor | None
-    longest: int
     inner: Callable[[], Any]
+    rows: torch.Tensor | slice | None = None
+    decodes: bool = False
+    copies: bool = False
+    evicting: torch.Tensor | None = None
+    voting: torch.Tensor | None = None
+    reduced: torch.Tensor | None = None
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -230,18 +230,7 @@ class DeviceMetadataBuilderMixin:
                 None if upper is None else upper.clamp(max=constants.rule.budget)
             ),
         )
-        return DeviceRound(
-            pieces=pieces,
-            token_piece=token_piece,
-            rows=None,
-            decodes=True,
-            copies=False,
-            evicting=None,
-            voting=None,
-            reduced=None,
-            longest=0,
-            inner=_always(inner),
-        )
+        return DeviceRound(pieces, token_piece, _always(inner), decodes=True)
 
     def _plan_nothing(self, common: CommonAttentionMetadata) -> DeviceRound:
         """Attention alone, over whatever the batch says; nothing is written."""
@@ -251,18 +240,8 @@ class DeviceMetadataBuilderMixin:
         nobody = torch.full(
             (common.num_actual_tokens,), -1, dtype=torch.int32, device=self.device
         )
-        return DeviceRound(
-            pieces=pieces,
-            token_piece=nobody,
-            rows=None,
-            decodes=False,
-            copies=False,
-            evicting=None,
-            voting=None,
-            reduced=None,
-            longest=0,
-            inner=_always(super().build(0, common)),  # type: ignore[misc]
-        )
+        inner = super().build(0, common)  # type: ignore[misc]
+        return DeviceRound(pieces, nobody, _always(inner))
 
     def _plan_chunks(
         self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
@@ -321,14 +300,13 @@ class DeviceMetadataBuilderMixin:
         return DeviceRound(
             pieces=self._to_device(table_of_pieces),
             token_piece=self._to_device(token_piece),
+            inner=inner,
             rows=self._to_device(rows) if isinstance(rows, np.ndarray) else rows,
-            decodes=False,
             copies=len(evicting) < len(live),
             evicting=self._unless_empty(evicting),
             voting=self._unless_empty(table_of_pieces[voting]),
             reduced=self._unless_empty(table_of_pieces[reduced]),
             longest=int(ends.max(initial=0)),
-            inner=inner,
         )
 
     def _unless_empty(self, host: np.ndarray) -> torch.Tensor | None:
