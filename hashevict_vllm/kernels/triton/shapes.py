@@ -153,7 +153,6 @@ SHAPES = {
         kind=codes.VOTE, group=16, budget=4096, segment=131072, block_size=64
     ),
     "vote, fp8 e4m3": Shape(kind=codes.VOTE, cache_dtype=torch.float8_e4m3fn),
-    "vote, fp8 e5m2": Shape(kind=codes.VOTE, cache_dtype=torch.float8_e5m2),
 }
 """Shapes that are tested, by what they are for: every rule, dtype, head and block size
 in some of them, and the most registers and words."""

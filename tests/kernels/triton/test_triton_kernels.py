@@ -112,11 +112,10 @@ def test_a_decode_step_should_take_three_percent_longer_at_most(
     batch: int, budget: int
 ) -> None:
     layer = cost.decode_layer(batch, budget)
-    assert 0 < layer.percent <= layer.mean <= 3.1
-    assert layer.voting <= 3.5  # a ballot of 4,096 slots beside one request's layer
+    assert 0 < layer.percent <= layer.mean <= layer.voting <= 3.0
+    assert layer.beside.microseconds <= 0.7 * layer.stock  # whoever votes
     if budget == 1024:
         assert batch > 8 or layer.before.microseconds <= 4
-        assert layer.beside.microseconds <= layer.stock
 
 
 def test_the_end_of_a_segment_should_cost_a_twentieth_of_reading_it() -> None:
