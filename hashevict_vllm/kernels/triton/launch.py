@@ -25,7 +25,7 @@ DESCRIBE_TOKENS = 32
 """Slots described by one program: one variant for every length."""
 
 BALLOT_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 128}
-"""As `SCAN_OPTIONS`. It describes, projects and scans: with two stages it would spill."""
+"""As `SCAN_OPTIONS`. It describes, projects and scans; with two stages it spills."""
 
 COPY_OPTIONS = {"num_warps": 1}
 """A program copies one row of K and of V."""
