@@ -83,13 +83,10 @@ def run_part(name: str) -> list[Check]:
 
 def bench(file: Path | None) -> bool:
     """Print the table of all timings, and write it; whether a part broke."""
-    import torch
-
     from hashevict_vllm.verify.bench import rows, run, sizes
 
-    free, _ = torch.cuda.mem_get_info()
     outcomes = [run.run_part(name) for name in sizes.ON_GPU.parts]
-    found = run.all_rows(outcomes, sizes.ON_GPU, free)
+    found = run.all_rows(outcomes, sizes.ON_GPU, sizes.device_bytes())
     print(f"{machine()}\n\n{rows.table(found)}")
     if file is not None:
         run.write_json(file, machine(), found)

@@ -18,7 +18,13 @@ from hashevict_vllm.verify.bench.engine import running, write_model
 from hashevict_vllm.verify.bench.launches import time_launches
 from hashevict_vllm.verify.bench.report import Sample
 from hashevict_vllm.verify.bench.run import QUIET, ROW, SAMPLE
-from hashevict_vllm.verify.bench.sizes import LAUNCHES, ON_GPU, STOCK, Sizes
+from hashevict_vllm.verify.bench.sizes import (
+    LAUNCHES,
+    ON_GPU,
+    STOCK,
+    Sizes,
+    device_bytes,
+)
 
 
 def engine_samples(sizes: Sizes, budget: int | None, free: int) -> Iterator[Sample]:
@@ -48,8 +54,6 @@ def engine_samples(sizes: Sizes, budget: int | None, free: int) -> Iterator[Samp
 def main() -> None:
     """Run the part that the first argument names, on the GPU."""
     os.environ.update(QUIET)
-    import torch
-
     name = sys.argv[1]
     if name == LAUNCHES:
         from hashevict_vllm.kernels.triton.shapes import Shape
@@ -60,9 +64,8 @@ def main() -> None:
         for row in time_launches(shape, *grid, microseconds):
             print(f"\n{ROW}{row.to_line()}", flush=True)
         return
-    free, _ = torch.cuda.mem_get_info()
     budget = None if name == STOCK else int(name)
-    for sample in engine_samples(ON_GPU, budget, free):
+    for sample in engine_samples(ON_GPU, budget, device_bytes()):
         print(f"\n{SAMPLE}{sample.to_line()}", flush=True)
 
 

@@ -27,6 +27,13 @@ WORKSPACE = 4 << 30
 """Bytes left to vLLM beside weights and cache: activations, CUDA graphs."""
 
 
+def device_bytes() -> int:
+    """Of the GPU's memory, what engines are given: the same for every part."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory * 23 // 25
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is timed.
