@@ -25,9 +25,9 @@ class PolicyHooks:
         """
         from vllm.config import CompilationMode
 
+        from hashevict_vllm import host
         from hashevict_vllm.attention.gpu.fork import join_after
         from hashevict_vllm.cache.coverage import check_layers
-        from hashevict_vllm.compat import device
         from hashevict_vllm.config import policy_of
 
         check_layers(vllm_config, specs)
@@ -35,7 +35,7 @@ class PolicyHooks:
         whole = CompilationMode.STOCK_TORCH_COMPILE
         compiled = vllm_config.compilation_config.mode == whole
         enabled = policy_of(vllm_config.additional_config).enabled
-        if enabled and not compiled and not device.on_cpu():
+        if enabled and not compiled and not host.on_cpu():
             join_after(model)
 
     def check_model(self, vllm_config: Any, specs: Any) -> None:
