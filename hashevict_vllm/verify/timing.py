@@ -103,7 +103,9 @@ def launches(
     starts = torch.arange(tokens + 1, device=device).int()
     lens = ints(tokens) + length
     pieces, live, owner = ints(tokens, ops.NUM_COLUMNS), ints(tokens), ints(tokens)
-    plan = (starts, lens, ints(tokens), ints(tokens), pieces, live, owner)
+    budgets, recents = ints(tokens) + shape.budget, ints(tokens) + shape.budget // 4
+    requests = (starts, lens, ints(tokens), budgets, recents)
+    plan = (*requests, ints(tokens), pieces, live, owner)
     page = Page.of(pages)
     step = Step.of(pieces, owner, table, heads)
     estimate = Estimate.of(projection, 0.125, 0.02, 0.85)
