@@ -306,10 +306,8 @@ class PrefixCachingManager(BudgetedAttentionManager):
         self._copy(block, copy, verbatim=verbatim)
         self._copied.setdefault(request_id, []).append(copy)
 
-    def _keep_snapshot(
-        self, hashes: list[BlockHash], live: list[KVCacheBlock]
-    ) -> None:
-        """Copy a request's live blocks under `snapshot_keys` of all that it has read."""
+    def _keep_snapshot(self, hashes: list[BlockHash], live: list[KVCacheBlock]) -> None:
+        """Copy a request's live blocks under keys of all that it has read."""
         pool = self.block_pool
         keys = [
             make_block_hash_with_group_id(key, self.kv_cache_group_id) for key in hashes

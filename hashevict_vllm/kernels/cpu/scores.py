@@ -141,8 +141,9 @@ def scan_block(
 ):
     """Score a block's slots, from ``first`` on, and keep the best of them.
 
-    The ``recent`` positions before ``t`` are protected. Of ``merged`` [H, .., W] and ``best`` [H, BEST_SIZE] row ``head`` is used, see
-    `scan`. ``score`` int32 [N]: where a rule has no scores, the caller's count.
+    The ``recent`` positions before ``t`` are protected. Of ``merged`` [H, .., W] and
+    ``best`` [H, BEST_SIZE] row ``head`` is used, see `scan`. ``score`` int32 [N]: where
+    a rule has no scores, the caller's count.
     """
     block_size, words, size = pages.block_size, pages.words, row_size(pages)
     count, tail = min(block_size, num_slots - first), pages.tail
