@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine import engine, greedy, scheduler_of
+from support.engine import engine, generate, greedy, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
 from test_invariance import count_preemptions
@@ -30,28 +30,6 @@ CASES: tuple[tuple[int, int, Any], ...] = (  # tokens of the prompt, seed, budge
 
 def prompts() -> list[list[int]]:
     return [random_prompt(length, seed) for length, seed, _ in CASES]
-
-
-def generate(llm: Any, prompts: list[list[int]], budgets: list[Any]) -> Any:
-    """Outputs of greedy requests that are submitted at once."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0,
-            max_tokens=TOKENS,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={KEY: budget, "another": "plugin's"},
-        )
-        for budget in budgets
-    ]
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return llm.generate(inputs, params, use_tqdm=False)
-
-
-def tokens_of(outputs: Any) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +56,7 @@ def test_a_batch_of_budgets_equals_the_oracle_of_each(
     """In a pool that is too small for all, so that some are preempted."""
     budgets = [budget for _, _, budget in CASES]
     preempted = count_preemptions(served)
-    outputs = generate(served, prompts(), budgets)
-    assert tokens_of(outputs) == expected
+    assert greedy(served, prompts(), TOKENS, budgets) == expected
     assert sum(preempted.values()) > 0
 
 
@@ -89,8 +66,8 @@ def test_cached_prefixes_serve_requests_of_other_budgets(
     served.reset_prefix_cache()
     tokens, cached = [], []
     for i in (0, 2, 0, 2, 3, 5, 5):
-        (output,) = generate(served, [prompts()[i]], [CASES[i][2]])
-        tokens += tokens_of([output])
+        (output,) = generate(served, [prompts()[i]], TOKENS, [CASES[i][2]])
+        tokens.append(list(output.outputs[0].token_ids))
         cached.append(output.num_cached_tokens)
     assert tokens == [expected[i] for i in (0, 2, 0, 2, 3, 5, 5)]
     # Raw blocks serve all, as far as a request's own first vote; a state that is
@@ -120,7 +97,7 @@ REFUSED: dict[Any, str] = {
 @pytest.mark.parametrize("value", REFUSED)
 def test_a_bad_budget_is_refused_in_one_sentence(value: Any, served: Any) -> None:
     with pytest.raises(ValueError, match=r"^kv_budget: ") as error:
-        generate(served, prompts()[:2], [value, None])
+        generate(served, prompts()[:2], TOKENS, [value, None])
     assert str(error.value) == REFUSED[value]
     assert not scheduler_of(served).requests
 
@@ -128,9 +105,11 @@ def test_a_bad_budget_is_refused_in_one_sentence(value: Any, served: Any) -> Non
 def test_full_is_refused_where_it_would_not_fit(served: Any) -> None:
     long = random_prompt(ROOM - TOKENS + 1)
     with pytest.raises(ValueError, match=f"^kv_budget: 'full' with .* {ROOM + 1} "):
-        generate(served, [long], [FULL])
-    assert len(tokens_of(generate(served, [long[:-1]], [FULL]))[0]) == TOKENS
+        generate(served, [long], TOKENS, [FULL])
+    (answer,) = greedy(served, [long[:-1]], TOKENS, [FULL])
+    assert len(answer) == TOKENS
 
 
 def test_the_smallest_budget_is_served(served: Any) -> None:
-    assert len(tokens_of(generate(served, prompts()[:1], [47]))[0]) == TOKENS
+    (answer,) = greedy(served, prompts()[:1], TOKENS, [47])
+    assert len(answer) == TOKENS

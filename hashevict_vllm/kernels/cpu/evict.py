@@ -156,15 +156,32 @@ def choose_victims(pages, rule, token, low, high, scratch, chosen):
             if ahead < num_slots:
                 prefetch_rows(pages, blocks, ahead, ahead + 1, head, row, last_row)
             scan_block(
-                *(pages, rule, blocks, first, num_slots, head, t, recent),
-                *(merged, scores, best),
+                pages,
+                rule,
+                blocks,
+                first,
+                num_slots,
+                head,
+                t,
+                recent,
+                merged,
+                scores,
+                best,
             )
     for head in range(low, high):
         slot = best_slot(best[head])
         if rule.score == KEY_DIFF:
             slot = find_victim(
-                *(pages, rule, blocks, num_slots, head, t, recent),
-                *(merged, scores, best),
+                pages,
+                rule,
+                blocks,
+                num_slots,
+                head,
+                t,
+                recent,
+                merged,
+                scores,
+                best,
             )
         if slot < 0:
             raise RuntimeError("no slot may be evicted")

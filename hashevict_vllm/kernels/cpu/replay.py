@@ -92,8 +92,8 @@ def _vote(pages, rule, tokens, piece, blocks, head, lanes, scratch, frame):
         cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t)
     if piece.compact:
         stop = piece.start + piece.length
-        kept = (piece.budget, piece.recent)
-        mark_losers(pages, rule, blocks, end, head, stop, *kept)
+        budget, recent = piece.budget, piece.recent
+        mark_losers(pages, rule, blocks, end, head, stop, budget, recent)
 
 
 @inlined
@@ -112,8 +112,16 @@ def _replay_head(pages, rule, tokens, piece, blocks, head, scratch, chosen):
                 sources[0, w] = pages.tail[at + w * size]
             merge(sources, merged[head])
         victim = find_victim(
-            *(pages, rule, blocks, slot, head, t, piece.recent),
-            *(merged, scores, best),
+            pages,
+            rule,
+            blocks,
+            slot,
+            head,
+            t,
+            piece.recent,
+            merged,
+            scores,
+            best,
         )
         if victim < 0:
             raise RuntimeError("no slot may be evicted")

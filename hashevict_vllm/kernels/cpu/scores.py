@@ -198,7 +198,16 @@ def find_victim(pages, rule, blocks, num_slots, head, t, recent, merged, score, 
             here = score[: min(block_size, num_slots - first)]
             _cosine_scores(pages, blocks, first, head, mean, here)
         scan_block(
-            *(pages, rule, blocks, first, num_slots, head, t, recent),
-            *(merged, score, best),
+            pages,
+            rule,
+            blocks,
+            first,
+            num_slots,
+            head,
+            t,
+            recent,
+            merged,
+            score,
+            best,
         )
     return best_slot(best[head])
