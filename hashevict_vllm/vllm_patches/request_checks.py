@@ -2,7 +2,7 @@
 
 Where: ``InputProcessor.process_inputs``, in the process of the API server, when the
 length of the prompt and ``max_tokens`` are known and nothing has been stored: vLLM
-answers with a 400, and `LLM.generate` raises a ``ValueError``. And
+answers with a 400, and ``LLM.generate`` raises its ``VLLMValidationError``. And
 ``EngineCore.preprocess_add_request``, for front ends that are not Python's: there vLLM
 fails the one request and goes on.
 
