@@ -22,6 +22,7 @@ from hashevict_vllm.values import (
     as_share,
     as_tokens,
     fail,
+    percent_of,
     tokens_of,
 )
 
@@ -143,6 +144,8 @@ class KVPolicyConfig:
             those that follow it (and one before), when a segment is reduced.
         vote_every: With ``vote``: in decode, one token of so many votes.
         decay: With ``vote``: factor on earlier votes at every vote in decode.
+        allow_full: Let a request with ``kv_budget`` ``"full"`` keep all of its tokens,
+            as in stock vLLM.
 
     """
 
@@ -161,6 +164,7 @@ class KVPolicyConfig:
     pool: int = 15
     vote_every: int = 8
     decay: float = 0.85
+    allow_full: bool = False
 
     @property
     def enabled(self) -> bool:
@@ -260,10 +264,9 @@ class KVPolicyConfig:
                     f"expected tokens or {SEGMENT_PROMPT!r}, got {segment!r}.",
                 )
             segment = as_int(flag("segment"), segment, 1, MAX_TOKENS)
-        if not isinstance(self.orthogonal, bool):
-            raise fail(
-                flag("orthogonal"), f"expected true or false, got {self.orthogonal!r}."
-            )
+        for key in ("orthogonal", "allow_full"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise fail(flag(key), f"expected true or false, got {value!r}.")
         scoring = self.scoring or SCORINGS[self.name][0]
         return dataclasses.replace(
             self,
@@ -344,6 +347,8 @@ class KVPolicyConfig:
             pool=self.pool,
             vote_every=self.vote_every,
             decay=self.decay,
+            recent_percent=percent_of(self.recent),
+            allow_full=self.allow_full,
         )
 
 

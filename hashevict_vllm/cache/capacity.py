@@ -15,6 +15,9 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.config import option_flag
+from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.values import fail
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -107,16 +110,7 @@ def describe_capacity(
         kv_cache_config: The resolved pool and its groups.
 
     """
-    policies, groups = [], []
-    for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if isinstance(spec, UniformTypeKVCacheSpecs):
-            layers = list(spec.kv_cache_specs.values())
-        else:
-            layers = [spec] * len(group.layer_names)
-        groups.append(_need(vllm_config, layers))
-        if isinstance(layers[0], BudgetedAttentionSpec):
-            policies.append(layers[0].policy)
+    policies, groups = _groups(vllm_config, kv_cache_config)
     if not policies:
         return None
     found, cached = capacity(groups, kv_cache_config.num_blocks), ""
@@ -132,6 +126,46 @@ def describe_capacity(
         f"prompts; stock vLLM {found.stock_requests:.2f} of "
         f"{vllm_config.model_config.max_model_len} tokens.{cached}"
     )
+
+
+def _groups(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> tuple[list[ResolvedKVPolicy], list[GroupNeed]]:
+    """Policies of the budgeted groups, and the needs of all."""
+    policies, groups = [], []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            layers = list(spec.kv_cache_specs.values())
+        else:
+            layers = [spec] * len(group.layer_names)
+        groups.append(_need(vllm_config, layers))
+        if isinstance(layers[0], BudgetedAttentionSpec):
+            policies.append(layers[0].policy)
+    return policies, groups
+
+
+def check_full(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Refuse ``allow_full`` where groups share a pool that one request may not fit.
+
+    With one group a front end knows how long a request may grow
+    (`vllm_patches.request_checks`); with more it cannot tell.
+
+    Raises:
+        KVPolicyError: With what is needed, and what there is.
+
+    """
+    policies, groups = _groups(vllm_config, kv_cache_config)
+    if len(groups) < 2 or not any(policy.allow_full for policy in policies):
+        return
+    need, there = sum(group.stock for group in groups), kv_cache_config.num_blocks - 1
+    if need > there:
+        raise fail(
+            option_flag("allow_full"),
+            f"a request of {vllm_config.model_config.max_model_len} tokens takes "
+            f"{need} blocks of this hybrid model, and the KV cache has {there}; lower "
+            "--max-model-len, or give it more memory.",
+        )
 
 
 def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:

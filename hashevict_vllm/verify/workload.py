@@ -111,7 +111,9 @@ def decode_launches(
     starts = torch.arange(count + 1, device=device).int()
     pieces, live, owner = ints(count, ops.NUM_COLUMNS), ints(count), ints(count)
     lens = ints(count) + length
-    plan = (starts, lens, ints(count), ints(count), pieces, live, owner)
+    budgets, recents = ints(count) + shape.budget, ints(count) + shape.budget // 4
+    requests = (starts, lens, ints(count), budgets, recents)
+    plan = (*requests, ints(count), pieces, live, owner)
     tokens, signed, estimate = layer.step_tokens(), layer.signed(), layer.estimate()
     page = Page.of(layer.pages())
     step = Step.of(pieces, owner, layer.table(), shape.heads)
@@ -148,6 +150,8 @@ def segment_launches(
         "start": budget,
         "count": count,
         "slot": budget,
+        "budget": budget,
+        "recent": budget // 4,
         "compact": 1,
         "first_voter": count - rule.window,
         "live": shape.bound,

@@ -11,6 +11,10 @@
     hands prompt lengths to the metadata builder.
 ``model_runner_v2.py`` — model runner V2
     does so too, without a copy to or from the device.
+``request_args.py`` — both model runners
+    hand the ``extra_args`` of requests to the metadata builder.
+``request_checks.py`` — the engine's input processor and core
+    refuse requests whose ``kv_budget`` cannot be served.
 ``decode_graphs.py`` — both model runners
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
 ``engine_core.py`` — the engine core
@@ -49,6 +53,8 @@ PATCHES = (
     "attention_layer",
     "model_runner",
     "model_runner_v2",
+    "request_args",
+    "request_checks",
     "decode_graphs",
     "scheduler",
     "engine_core",

@@ -45,11 +45,12 @@ class PolicyHooks:
         check_model(vllm_config, specs)
 
     def finish(self, vllm_config: Any, kv_cache_configs: Any) -> None:
-        """Shares of the final length, then a line on what the pool buys."""
-        from hashevict_vllm.cache.capacity import log_capacity
+        """Shares of the final length, room for it, a line on what the pool buys."""
+        from hashevict_vllm.cache.capacity import check_full, log_capacity
         from hashevict_vllm.cache.late import resolve_again
 
         resolve_again(vllm_config, kv_cache_configs)
+        check_full(vllm_config, kv_cache_configs[0])
         log_capacity(vllm_config, kv_cache_configs)
 
 

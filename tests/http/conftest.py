@@ -23,6 +23,7 @@ def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     flags += ["--served-model-name", MODEL, "--dtype", "bfloat16"]
     flags += ["--max-model-len", "8192", "--enforce-eager"]
     flags += ["--enable-prompt-tokens-details"]
+    flags += ["--kv-policy-config.allow_full", "true"]
     log_path = tmp_path_factory.mktemp("server") / "log"
     with serve(smollm, *flags, log_path=log_path) as running:
         yield running

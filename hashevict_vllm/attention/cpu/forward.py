@@ -46,6 +46,7 @@ class BudgetedImplMixin(BudgetedImpl):
                 part.positions,
                 part.slots,
                 part.evict,
+                part.recent,
                 part.requests,
                 *common,
             )
@@ -57,7 +58,6 @@ class BudgetedImplMixin(BudgetedImpl):
                     places,
                     part.replay,
                     *common,
-                    constants.budget,
                 )
 
     def view_pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerPages:

@@ -21,8 +21,12 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from hashevict_vllm.attention.gpu.constants import DeviceConstants
 from hashevict_vllm.attention.inner import InnerBackend
-from hashevict_vllm.attention.lengths import host_lens, host_prompt_lens
-from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
+from hashevict_vllm.attention.lengths import (
+    host_lens,
+    host_prompt_lens,
+    own_budgets,
+)
+from hashevict_vllm.attention.rounds import Budgets, Pieces, as_rows, cut_step
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.pieces import NAMES
 
@@ -107,6 +111,8 @@ class DeviceMetadataBuilderMixin:
     ) -> None:
         """Build the inner builder, then the buffers."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self._kept_for: tuple[int, dict[int, int]] = (0, {})
+        self._kept: tuple[np.ndarray, torch.Tensor, torch.Tensor]
         layers = vllm_config.compilation_config.static_forward_context
         ordered = [layers[name] for name in layers if name in set(layer_names)]
         self.constants = DeviceConstants.build(
@@ -207,12 +213,15 @@ class DeviceMetadataBuilderMixin:
         """One token of every request, planned on the device from its lengths."""
         constants, num = self.constants, common.num_reqs
         constants.fork.join()  # the step before has read the plan that is made now
+        most, budgets, recents = self._budgets(num)
         pieces, live = constants.pieces[:num], constants.live[:num]
         token_piece = constants.token_piece[: common.num_actual_tokens]
         ops.plan(
             common.query_start_loc,
             common.seq_lens[:num],
             constants.no_prompt[:num],
+            budgets,
+            recents,
             constants.done[:num],
             pieces,
             live,
@@ -222,15 +231,25 @@ class DeviceMetadataBuilderMixin:
             common.slot_mapping,
         )
         upper = common.seq_lens_cpu_upper_bound
-        inner = self._inner(
-            common,
-            seq_lens=live,
-            # Exact, as the bound is without speculative decoding.
-            seq_lens_cpu_upper_bound=(
-                None if upper is None else upper.clamp(max=constants.rule.budget)
-            ),
-        )
+        if upper is not None:  # exact, without speculative decoding
+            upper = upper[:num].minimum(torch.from_numpy(most).to(upper.dtype))
+        inner = self._inner(common, seq_lens=live, seq_lens_cpu_upper_bound=upper)
         return DeviceRound(pieces, token_piece, _always(inner), decodes=True)
+
+    def _budgets(self, num: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """C of a decode step's requests on the host; it and ``recent`` on the device.
+
+        A batch stays the same for many steps, and so do the tensors.
+        """
+        constants, own = self.constants, own_budgets()
+        if (num, own) != self._kept_for:
+            kept = Budgets.of(self.kv_cache_spec.policy, num, own)
+            budgets, recents = constants.budgets[:num], constants.recents[:num]
+            if own:
+                budgets = self._to_device(kept.budget.astype(np.int32))
+                recents = self._to_device(kept.recent.astype(np.int32))
+            self._kept_for, self._kept = (num, own), (kept.budget, budgets, recents)
+        return self._kept
 
     def _plan_nothing(self, common: CommonAttentionMetadata) -> DeviceRound:
         """Attention alone, over whatever the batch says; nothing is written."""
@@ -247,11 +266,13 @@ class DeviceMetadataBuilderMixin:
         self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
     ) -> list[DeviceRound]:
         """Cut every request's chunk, as `attention.cpu.metadata` does."""
+        policy = self.kv_cache_spec.policy
         cut = cut_step(
-            self.kv_cache_spec.policy,
+            policy,
             common.query_start_loc_cpu[: common.num_reqs + 1].numpy(),
             host_lens(common).numpy(),
             prompt_lens.numpy(),
+            Budgets.of(policy, common.num_reqs, own_budgets()),
         )
         return [self._round(common, one, alone=len(cut) == 1) for one in cut]
 
@@ -270,7 +291,7 @@ class DeviceMetadataBuilderMixin:
         token_piece = np.full(num, -1, np.int32)
         token_piece[token_rows] = pieces.per_token(np.arange(len(pieces.request)))
         rows = as_rows(token_rows, num)
-        again = pieces.reduced(self.kv_cache_spec.policy.budget)
+        again = pieces.reduced
         voting = again & (pieces.ballots > 0) & (pieces.first_voter < pieces.count)
         reduced = again & ~voting
         evicting = pieces.row[pieces.evict].astype(np.int32)
