@@ -143,6 +143,8 @@ class KVPolicyConfig:
             those that follow it (and one before), when a segment is reduced.
         vote_every: With ``vote``: in decode, one token of so many votes.
         decay: With ``vote``: factor on earlier votes at every vote in decode.
+        inspect: Let whoever may send requests read, over HTTP, which tokens a live
+            request keeps, and serve the page that shows it (docs/inspect.md).
 
     """
 
@@ -161,6 +163,7 @@ class KVPolicyConfig:
     pool: int = 15
     vote_every: int = 8
     decay: float = 0.85
+    inspect: bool = False
 
     @property
     def enabled(self) -> bool:
@@ -260,10 +263,9 @@ class KVPolicyConfig:
                     f"expected tokens or {SEGMENT_PROMPT!r}, got {segment!r}.",
                 )
             segment = as_int(flag("segment"), segment, 1, MAX_TOKENS)
-        if not isinstance(self.orthogonal, bool):
-            raise fail(
-                flag("orthogonal"), f"expected true or false, got {self.orthogonal!r}."
-            )
+        for key in ("orthogonal", "inspect"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise fail(flag(key), f"expected true or false, got {value!r}.")
         scoring = self.scoring or SCORINGS[self.name][0]
         return dataclasses.replace(
             self,

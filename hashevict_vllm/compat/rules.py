@@ -344,6 +344,16 @@ def hybrid_manager_off(config: VllmConfig, policy: KVPolicyConfig) -> str | None
     return None
 
 
+def inspection(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
+    """``_api_process_count`` of ``ParallelConfig``: who knows a request's id."""
+    if not policy.inspect or config.parallel_config._api_process_count == 1:
+        return None
+    return (
+        "--kv-policy-config.inspect: several API servers each know their own requests "
+        "alone, and a question goes to any of them; use --api-server-count 1."
+    )
+
+
 # -- which sizes fit -------------------------------------------------------------
 
 
@@ -390,6 +400,7 @@ RULES: tuple[Rule, ...] = (
     microbatches,
     quantised_cache,
     hybrid_manager_off,
+    inspection,
     inner_backend,
     cpu_block_size,
     budget_sizes,
