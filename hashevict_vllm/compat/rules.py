@@ -3,7 +3,7 @@
 `RULES` is the list; every rule is one small function that returns the sentence for
 the user, or ``None`` where it has no objection. Rules read the finished `VllmConfig`,
 after vLLM has resolved defaults, so a default that turns a feature on is seen too.
-Rules that depend on the device are in `device`.
+Rules that depend on the device are in `device`, on HTTP servers in `frontend`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .device import (
     platform,
     quantised_cache,
 )
+from .frontend import inspection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -342,16 +343,6 @@ def hybrid_manager_off(config: VllmConfig, policy: KVPolicyConfig) -> str | None
             "a KV policy leaves as they are, and only the hybrid manager serves both."
         )
     return None
-
-
-def inspection(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
-    """``_api_process_count`` of ``ParallelConfig``: who knows a request's id."""
-    if not policy.inspect or config.parallel_config._api_process_count == 1:
-        return None
-    return (
-        "--kv-policy-config.inspect: several API servers each know their own requests "
-        "alone, and a question goes to any of them; use --api-server-count 1."
-    )
 
 
 # -- which sizes fit -------------------------------------------------------------
