@@ -65,6 +65,17 @@ function questions() {
   return (other ? [budget, other] : [budget]).map((b) => ({ ...common, budget: b }));
 }
 
+/** Choose in the other panes what was chosen in one; they do not answer back. */
+function follow(leader, position) {
+  for (const pane of panes) {
+    if (pane === leader) continue;
+    const { onChoose } = pane;
+    pane.onChoose = () => {};
+    pane.choose(position, true);
+    pane.onChoose = onChoose;
+  }
+}
+
 async function send() {
   if (!server) await connect();
   if (!server) return;
@@ -73,6 +84,7 @@ async function send() {
   panes = asked.map(
     ({ budget }) => new Pane(`Budget ${budget ?? server.effective.budget}`),
   );
+  for (const pane of panes) pane.onChoose = (position) => follow(pane, position);
   $("panes").replaceChildren(...panes.map((pane) => pane.root));
   running = new AbortController();
   $("send").disabled = true;

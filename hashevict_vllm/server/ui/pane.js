@@ -17,6 +17,7 @@ export class Pane {
     this.retention = null;
     this.chosen = null;
     this.votes = null; // of the chosen token, while the request lives
+    this.onChoose = () => {}; // so that the panes can follow each other
     this.#listen();
   }
 
@@ -94,6 +95,7 @@ export class Pane {
     unit.span.classList.add("chosen");
     if (scroll) unit.span.scrollIntoView({ block: "nearest" });
     this.draw();
+    this.onChoose(position);
   }
 
   /** Votes of the chosen token, as the server lists them. */
@@ -124,7 +126,7 @@ export class Pane {
     if (chosen === null || !retention || chosen >= retention.tokens) return;
     const held = retention.byToken[chosen];
     const text = JSON.stringify(this.#unit().span.textContent);
-    this.root.querySelector(".chosen").textContent =
+    this.root.querySelector(".said").textContent =
       `${text}, position ${chosen}: held by ${held} of ${retention.total} heads` +
       (this.votes?.size ? `, with up to ${this.#mostVotes()} votes.` : ".");
     const canvas = this.root.querySelector(".heads");
