@@ -1,8 +1,9 @@
 """How often retention may be read: other requests must not feel it.
 
-A read stops the engine between two steps for as long as it takes. So a read that took
-t seconds earns the engine t / `SHARE` seconds without one: whatever the model's size
-and however many look on, reading takes at most that share of its time.
+A read stops the engine between two steps, and then keeps the process busy that streams
+all answers. So a read that took t seconds is followed by t / `SHARE` seconds without
+one: whatever the model's size and however many look on, reading takes at most that
+share of their time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 
 SHARE = 0.02
-"""Most of the engine's time that reads may take."""
+"""Most of the engine's and the server's time that reads may take."""
 
 INTERVAL_S = 0.25
 """Least time between two reads of one request."""
@@ -73,7 +74,7 @@ class Pace:
         """Note what a read that was let in has cost.
 
         Args:
-            seconds: For which the engine was busy with it.
+            seconds: For which the engine, and then the server, was busy with it.
 
         """
         self._free_at += (seconds - self._cost) / SHARE

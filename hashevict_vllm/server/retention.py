@@ -14,7 +14,7 @@ from hashevict_vllm.server.schemas import HeldSlots, Retention
 MAX_CELLS = 2**16
 """Most numbers in `Retention.held`; columns become wider instead."""
 
-MAX_SLOTS_LISTED = 2**16
+MAX_SLOTS_LISTED = 2**17
 """Most slots in `Retention.slots`; more are refused."""
 
 MAX_BITMAP_BYTES = 2**21

@@ -52,6 +52,7 @@ def get_stats() -> Stats:
 @inspection.get(
     "/requests/{request_id}/retention",
     summary="Which positions a live request still holds",
+    response_model=Retention,
     responses={
         HTTPStatus.BAD_REQUEST.value: {"model": Error},
         HTTPStatus.NOT_FOUND.value: {"model": Error},
@@ -103,7 +104,7 @@ async def get_retention(
     asked = Question(start, stop, columns, "bitmap" in include, "slots" in include)
     named = None if layers is None else parse_layers(layers)
     try:
-        found: Retention = await _service(request).retention(
+        found = await _service(request).retention(
             request_id, prompt, choice, named, asked
         )
     except UnknownRequest:
@@ -116,8 +117,7 @@ async def get_retention(
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
     except Busy as busy:
         return _too_early(busy)
-    # Validated when it was made: not once more.
-    return Response(found.model_dump_json(), media_type="application/json")
+    return Response(found, media_type="application/json")
 
 
 def parse_layers(text: str) -> list[int]:

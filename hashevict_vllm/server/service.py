@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +12,7 @@ from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.server.lookup import internal_id
 from hashevict_vllm.server.pace import Pace
 from hashevict_vllm.server.retention import Question, answer
-from hashevict_vllm.server.schemas import KVPolicy, Retention
+from hashevict_vllm.server.schemas import KVPolicy
 
 READ_STATE = "kv_policy_state"
 READ_RETENTION = "kv_policy_retention"
@@ -66,8 +67,8 @@ class Service:
         choice: int,
         layers: list[int] | None,
         asked: Question,
-    ) -> Retention:
-        """What a request holds now.
+    ) -> str:
+        """What a request holds now, `Retention` as JSON.
 
         Args:
             request_id: As the client knows it.
@@ -89,7 +90,6 @@ class Service:
         internal = self._internal_id(request_id, prompt, choice)
         answers = await self._ask(READ_RETENTION, internal, layers, asked.slots)
         found = next((found for found in answers if found is not None), None)
-        self._pace.account(found.get("seconds", 0.0) if found else 0.0)
         if found is None:
             raise UnknownRequest(request_id)
         if "refused" in found:
@@ -97,8 +97,13 @@ class Service:
                 f"layers: they hold {found['refused']} slots, more than one read may "
                 "copy; name fewer."
             )
-        # Not in the event loop: other answers stream meanwhile.
-        return await asyncio.to_thread(answer, request_id, found, asked)
+        started = time.perf_counter()
+        try:
+            # Not in the event loop: other answers stream meanwhile.
+            return await asyncio.to_thread(_as_json, request_id, found, asked)
+        finally:
+            written = time.perf_counter() - started
+            self._pace.account(found["seconds"] + written)
 
     def _internal_id(self, request_id: str, prompt: int, choice: int) -> str:
         processor = self._client.output_processor
@@ -112,3 +117,7 @@ class Service:
         core = self._client.engine_core
         answers: list[Any] = await core.call_utility_all_async(method, *args)
         return answers
+
+
+def _as_json(request_id: str, found: dict[str, Any], asked: Question) -> str:
+    return answer(request_id, found, asked).model_dump_json()

@@ -63,10 +63,10 @@ def _with_ours(stock: Any) -> Any:
     return load_endpoint_plugins
 
 
-def _read_retention(self: Any, *args: Any) -> Any:
+def _read_retention(self: Any, request_id: Any, layers: Any, votes: Any) -> Any:
     from hashevict_vllm.cache.retention import read_retention
 
-    return read_retention(self, *args)
+    return read_retention(self, request_id, layers, votes)
 
 
 def _read_state(self: Any) -> Any:

@@ -16,7 +16,7 @@ from hashevict_vllm.metrics.prometheus import METRICS, PREFIX
 pytestmark = pytest.mark.http
 
 LAYERS, HEADS = 30, 3
-FACTS = " ".join(f"Fact {i}: train {i} carried {37 * i} parcels." for i in range(140))
+FACTS = " ".join(f"Fact {i}: train {i} carried {37 * i} parcels." for i in range(75))
 
 
 @pytest.fixture
