@@ -78,7 +78,8 @@ def answer(request_id: str, found: dict[str, Any], asked: Question) -> Retention
     stop = max(min(tokens if asked.stop is None else asked.stop, tokens), start)
     columns = max(1, min(asked.columns, MAX_CELLS // max(len(layers), 1)))
     width = max(1, -(-(stop - start) // columns))
-    kept = [_shown(layer, start, stop) for layer in layers]
+    shown = -(-(stop - start) // width)
+    kept = [_pairs(layer.positions, start, stop) for layer in layers]
     return Retention(
         id=request_id,
         **{key: found[key] for key in ("prompt_tokens", "budget", "live_slots")},
@@ -89,8 +90,11 @@ def answer(request_id: str, found: dict[str, Any], asked: Question) -> Retention
         start=start,
         stop=stop,
         width=width,
-        held=[_counts(shown, start, stop, width) for shown in kept],
-        bitmaps=_bitmaps(kept, start, stop) if asked.bitmap else None,
+        held=[
+            np.bincount((pairs.positions - start) // width, minlength=shown).tolist()
+            for pairs in kept
+        ],
+        bitmaps=_bitmaps(layers, kept, start, stop) if asked.bitmap else None,
         slots=_slots(layers, kept) if asked.slots else None,
     )
 
@@ -104,74 +108,73 @@ def _arrays(layer: int, heads: int, positions: bytes, votes: bytes | None) -> La
     )
 
 
-class Head(NamedTuple):
-    """What a KV head holds of the positions asked for, in order.
+class Pairs(NamedTuple):
+    """Slots of a layer that hold a position asked for.
 
     Attributes:
+        heads: int64 [m], ascending.
+        slots: int64 [m].
         positions: int32 [m].
-        votes: float32 [m] or None.
 
     """
 
+    heads: np.ndarray
+    slots: np.ndarray
     positions: np.ndarray
-    votes: np.ndarray | None
 
 
-def _shown(layer: Layer, start: int, stop: int) -> list[Head]:
-    """What the layer's heads hold of positions in range.
+def _pairs(positions: np.ndarray, start: int, stop: int) -> Pairs:
+    """Of int32 [H, n], those in range.
 
     Negative ones are lost, though their K and V stay until their segment is complete.
     """
-    heads = []
-    for head, row in enumerate(layer.positions):
-        slots = np.flatnonzero((row >= start) & (row < stop))
-        slots = slots[row[slots].argsort()]
-        votes = None if layer.votes is None else layer.votes[head, slots]
-        heads.append(Head(row[slots], votes))
-    return heads
+    heads, slots = np.nonzero((positions >= start) & (positions < stop))
+    return Pairs(heads, slots, positions[heads, slots])
 
 
-def _counts(heads: Sequence[Head], start: int, stop: int, width: int) -> list[int]:
-    """Held pairs of position and head, by column."""
-    columns = -(-(stop - start) // width)
-    total = np.zeros(columns, np.int64)
-    for head in heads:
-        total += np.bincount((head.positions - start) // width, minlength=columns)
-    counts: list[int] = total.tolist()
-    return counts
-
-
-def _bitmaps(layers: Sequence[list[Head]], start: int, stop: int) -> list[str]:
-    size = sum(map(len, layers)) * -(-(stop - start) // 8)
+def _bitmaps(
+    layers: Sequence[Layer], kept: Sequence[Pairs], start: int, stop: int
+) -> list[str]:
+    heads = [len(layer.positions) for layer in layers]
+    size = sum(heads) * -(-(stop - start) // 8)
     if size > MAX_BITMAP_BYTES:
         raise TooLarge(
             f"include=bitmap: {size} bytes are more than {MAX_BITMAP_BYTES}; name "
             "fewer layers, or a shorter range of positions."
         )
     bitmaps = []
-    for heads in layers:
-        mask = np.zeros((len(heads), stop - start), bool)
-        for row, head in zip(mask, heads, strict=True):
-            row[head.positions - start] = True
+    for count, pairs in zip(heads, kept, strict=True):
+        mask = np.zeros((count, stop - start), bool)
+        mask[pairs.heads, pairs.positions - start] = True
         packed = np.packbits(mask, axis=1).tobytes()
         bitmaps.append(base64.b64encode(packed).decode())
     return bitmaps
 
 
-def _slots(layers: Sequence[Layer], kept: Sequence[list[Head]]) -> list[HeldSlots]:
-    count = sum(len(head.positions) for heads in kept for head in heads)
+def _slots(layers: Sequence[Layer], kept: Sequence[Pairs]) -> list[HeldSlots]:
+    count = sum(len(pairs.slots) for pairs in kept)
     if count > MAX_SLOTS_LISTED:
         raise TooLarge(
             f"include=slots: {count} slots are more than {MAX_SLOTS_LISTED}; name "
             "fewer layers, or a shorter range of positions."
         )
     return [
-        HeldSlots(
-            layer=layer.layer,
-            head=number,
-            positions=head.positions.tolist(),
-            votes=None if head.votes is None else head.votes.tolist(),
-        )
-        for layer, heads in zip(layers, kept, strict=True)
-        for number, head in enumerate(heads)
+        _head(layer, pairs, head)
+        for layer, pairs in zip(layers, kept, strict=True)
+        for head in range(len(layer.positions))
     ]
+
+
+def _head(layer: Layer, pairs: Pairs, head: int) -> HeldSlots:
+    """What one head holds, in order of position."""
+    own = pairs.heads == head
+    order = pairs.positions[own].argsort()
+    votes = None
+    if layer.votes is not None:
+        votes = layer.votes[head, pairs.slots[own][order]].tolist()
+    return HeldSlots(
+        layer=layer.layer,
+        head=head,
+        positions=pairs.positions[own][order].tolist(),
+        votes=votes,
+    )

@@ -14,7 +14,7 @@ let server = null;
 
 function exampleText() {
   const lines = [];
-  for (let i = 1; i <= 40; i++)
+  for (let i = 1; i <= 60; i++)
     lines.push(
       `Fact ${i}: on day ${i} the train from ${CITIES[i % 8]} to ` +
         `${CITIES[(3 * i + 1) % 8]} carried ${100 + ((37 * i) % 400)} passengers.`,
