@@ -34,7 +34,7 @@ READ_AFTER = 20
 
 # -- 1. The chat ---------------------------------------------------------------------
 
-WINDS = "north east south west north-east south-west south-east".split()
+WINDS = ["north", "east", "south", "west", "north-east", "south-west", "south-east"]
 DISHES = ("pea soup", "fresh bread", "fish", "rice pudding", "onion stew", "pancakes")
 SIGHTS = ("a whale", "two gulls", "an island", "a wreck", "a lighthouse", "nothing")
 TREASURE = "Day 31: we bury the silver key under the third palm tree of Parrot Bay."

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from hashevict_vllm.cache.bounds import BlockBounds
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 class BudgetedAttentionManager(SingleTypeKVCacheManager):
@@ -28,6 +29,7 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         """As the base class; ``kv_cache_spec.bounds`` says how much a request holds."""
         super().__init__(kv_cache_spec, **kwargs)
         self.bounds: BlockBounds = kv_cache_spec.bounds
+        self._policy: ResolvedKVPolicy = kv_cache_spec.policy
         self._prompt_len: dict[str, int] = {}
         self._scratch_returned: set[str] = set()
 
@@ -38,6 +40,10 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         method, also for one that was preempted, whose output is no prompt.
         """
         self._prompt_len[request.request_id] = request.num_prompt_tokens
+
+    def policy_of(self, request: Request) -> ResolvedKVPolicy:
+        """The policy that a request is served by."""
+        return self._policy
 
     def _required_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks a request needs to have ``num_tokens`` tokens computed."""

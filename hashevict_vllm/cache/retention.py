@@ -75,7 +75,7 @@ def read_retention(
         for number, group in enumerate(groups)
         if isinstance(group.kv_cache_spec, BudgetedAttentionSpec)
     ]
-    policy = groups[budgeted[0]].kv_cache_spec.policy
+    policy = manager.coordinator.single_type_managers[budgeted[0]].policy_of(request)
     blocks = manager.get_block_ids(request_id)
     tokens = request.num_computed_tokens
     live = occupied_slots(policy, tokens, request.num_prompt_tokens)

@@ -92,7 +92,7 @@ def tab_to(page: Any, selector: str) -> None:
     raise AssertionError(f"Tab does not lead to {selector}")
 
 
-def ask(page: Any, tokens: int) -> None:
+def ask(page: Any, tokens: int, *budgets: int) -> None:
     """Give the key, take the example, send: by keyboard alone."""
     until(page, "document.activeElement.id == 'key'")  # 401 led here
     page.keyboard.type(KEY)
@@ -106,6 +106,9 @@ def ask(page: Any, tokens: int) -> None:
         page.keyboard.press("Shift+Tab")
     page.keyboard.press("Control+A")
     page.keyboard.type(str(tokens))
+    for number, budget in enumerate(budgets):
+        tab_to(page, f"#budget-{number}")
+        page.keyboard.type(str(budget))
     tab_to(page, "#send")
     page.keyboard.press("Enter")
 
@@ -150,6 +153,26 @@ def test_text_is_shaded_while_it_streams_and_the_keyboard_is_enough(page: Any) -
     page.keyboard.press("Enter")
     page.wait_for_selector("#send:enabled")
     assert not page.is_visible(".pane .error")
+
+
+def test_two_budgets_of_one_prompt_differ_side_by_side(page: Any) -> None:
+    ask(page, 24, 512, 256)
+    page.wait_for_selector("#send:enabled")
+    kept = page.locator('[data-count="kept"]').all_text_contents()
+    assert kept == ["512", "256"]
+    assert page.locator("h2").all_text_contents() == ["Budget 512", "Budget 256"]
+    first, second = measure(page, "shares")
+    prompt = page.locator(".pane").first.locator(".prompt").count()
+    assert sum(first[:prompt]) > 1.5 * sum(second[:prompt])
+    page.locator(".text").first.focus()
+    page.keyboard.press("End")
+    said = page.locator(".said").all_text_contents()
+    assert len(said) == 2
+    assert all("held by " in text for text in said), "both show the same position"
+    boxes = [pane.bounding_box() for pane in page.locator(".pane").all()]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[0]["x"] < boxes[1]["x"]
+    keep(page, "two-budgets")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
