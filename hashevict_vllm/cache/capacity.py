@@ -15,6 +15,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -97,45 +98,24 @@ def capacity(groups: Sequence[GroupNeed], num_blocks: int) -> Capacity:
     )
 
 
-def pool_capacity(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
-) -> Capacity | None:
-    """What an engine's pool serves; None if no layer is budgeted.
-
-    Args:
-        vllm_config: The engine's configuration.
-        kv_cache_config: The resolved pool and its groups.
-
-    """
-    groups = _layers_by_group(kv_cache_config)
-    if not any(isinstance(layers[0], BudgetedAttentionSpec) for layers in groups):
-        return None
-    needs = [_need(vllm_config, layers) for layers in groups]
-    return capacity(needs, kv_cache_config.num_blocks)
-
-
 def describe_capacity(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> str | None:
-    """`pool_capacity` as one sentence on the steady state.
+    """One sentence on the steady state; None if no layer is budgeted.
 
     Args:
         vllm_config: The engine's configuration.
         kv_cache_config: The resolved pool and its groups.
 
     """
-    found, cached = pool_capacity(vllm_config, kv_cache_config), ""
-    if found is None:
+    policies, groups = _groups(vllm_config, kv_cache_config)
+    if not policies:
         return None
-    policy = next(
-        layers[0].policy
-        for layers in _layers_by_group(kv_cache_config)
-        if isinstance(layers[0], BudgetedAttentionSpec)
-    )
-    if policy.votes and vllm_config.cache_config.enable_prefix_caching:
+    found, cached = capacity(groups, kv_cache_config.num_blocks), ""
+    if policies[0].votes and vllm_config.cache_config.enable_prefix_caching:
         cached = " Cached prefixes lie in blocks that are free, and take no request's."
     return (
-        f"KV budget: {policy.budget} tokens per KV head. A request holds at most "
+        f"KV budget: {policies[0].budget} tokens per KV head. A request holds at most "
         f"{found.blocks} blocks ({found.request_bytes / 2**20:.1f} MiB in budgeted "
         f"layers, {100 * found.metadata_share:.1f}% of K/V for signatures and "
         f"positions) once its prompt is read, {found.peak} while it is. This pool of "
@@ -146,16 +126,35 @@ def describe_capacity(
     )
 
 
-def _layers_by_group(kv_cache_config: KVCacheConfig) -> list[list[Any]]:
-    """Specs of the layers of every group."""
-    groups = []
+def _groups(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> tuple[list[ResolvedKVPolicy], list[GroupNeed]]:
+    """Policies of the budgeted groups, and the needs of all."""
+    policies, groups = [], []
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
         if isinstance(spec, UniformTypeKVCacheSpecs):
-            groups.append(list(spec.kv_cache_specs.values()))
+            layers = list(spec.kv_cache_specs.values())
         else:
-            groups.append([spec] * len(group.layer_names))
-    return groups
+            layers = [spec] * len(group.layer_names)
+        groups.append(_need(vllm_config, layers))
+        if isinstance(layers[0], BudgetedAttentionSpec):
+            policies.append(layers[0].policy)
+    return policies, groups
+
+
+def pool_capacity(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> Capacity | None:
+    """What an engine's pool serves; None if no layer is budgeted.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The resolved pool and its groups.
+
+    """
+    policies, groups = _groups(vllm_config, kv_cache_config)
+    return capacity(groups, kv_cache_config.num_blocks) if policies else None
 
 
 def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:
