@@ -146,6 +146,8 @@ class KVPolicyConfig:
         decay: With ``vote``: factor on earlier votes at every vote in decode.
         allow_full: Let a request with ``kv_budget`` ``"full"`` keep all of its tokens,
             as in stock vLLM.
+        inspect: Let whoever may send requests read, over HTTP, which tokens a live
+            request keeps, and serve the page that shows it (docs/inspect.md).
 
     """
 
@@ -165,6 +167,7 @@ class KVPolicyConfig:
     vote_every: int = 8
     decay: float = 0.85
     allow_full: bool = False
+    inspect: bool = False
 
     @property
     def enabled(self) -> bool:
@@ -264,7 +267,7 @@ class KVPolicyConfig:
                     f"expected tokens or {SEGMENT_PROMPT!r}, got {segment!r}.",
                 )
             segment = as_int(flag("segment"), segment, 1, MAX_TOKENS)
-        for key in ("orthogonal", "allow_full"):
+        for key in ("orthogonal", "allow_full", "inspect"):
             if not isinstance(value := getattr(self, key), bool):
                 raise fail(flag(key), f"expected true or false, got {value!r}.")
         scoring = self.scoring or SCORINGS[self.name][0]

@@ -168,6 +168,20 @@ def check_full(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         )
 
 
+def pool_capacity(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> Capacity | None:
+    """What an engine's pool serves; None if no layer is budgeted.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The resolved pool and its groups.
+
+    """
+    policies, groups = _groups(vllm_config, kv_cache_config)
+    return capacity(groups, kv_cache_config.num_blocks) if policies else None
+
+
 def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:
     """The need of one group, given the specs of its layers."""
     spec = layers[0]

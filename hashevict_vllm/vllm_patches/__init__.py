@@ -34,6 +34,8 @@
     lets managers shorten a chunk, so that what it fills can be cached.
 ``block_copies.py`` — both model runners
     copy blocks with their tails.
+``endpoint_plugins.py`` — ``vllm.plugins``
+    loads the policy's routes into a server; the engine core reads pages for them.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -64,6 +66,7 @@ PATCHES = (
     "cpu_generators",
     "kv_cache_manager",
     "block_copies",
+    "endpoint_plugins",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from support.server import BUDGET, MODEL, server_env, vllm_command
+from support.server import BUDGET, KEY, MODEL, server_env, vllm_command
 
 from hashevict_vllm.config import POLICY_NAMES
 
@@ -257,7 +257,10 @@ def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, cli
     broken = httpx.post(
         f"{server.url}/v1/completions",
         content=b'{"model":',
-        headers={"Content-Type": "application/json"},
+        headers={
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {KEY}",
+        },
     )
     assert broken.status_code == 400
     assert "JSON" in broken.json()["error"]["message"]
