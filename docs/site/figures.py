@@ -144,7 +144,9 @@ def token() -> Card:
     every = POLICY.vote_every
     card.path([(75, 143), (75, 205), (341, 205)], PALE, 1.5)
     card.arrow(335, 205, 341, 205)
-    card.box(345, 185, 355, 40, ORANGE, f"5  every {every}th token votes, for later tokens")
+    card.box(
+        345, 185, 355, 40, ORANGE, f"5  every {every}th token votes, for later tokens"
+    )
     card.text(90, 200, "the query", INK)
     return card
 

@@ -71,7 +71,7 @@ def _place_in_site(path: PurePosixPath) -> PurePosixPath:
     """The site's file for a file of the repository."""
     if str(path) in ADOPTED:
         return PurePosixPath(ADOPTED[str(path)])
-    if path.parts[0] == "docs":
+    if _is_page_or_image(path):
         return path.relative_to("docs")
     if str(path) == "README.md":
         return PurePosixPath("index.md")
@@ -88,5 +88,10 @@ def _sources(file: File, root: Path) -> set[PurePosixPath]:
         for path in found
         if (root / path).is_file()
         and str(path) not in (*ADOPTED, "README.md")
-        and path.parts[0] != "docs"
+        and not _is_page_or_image(path)
     }
+
+
+def _is_page_or_image(path: PurePosixPath) -> bool:
+    """Whether mkdocs finds a file itself: in docs/, but for docs/site."""
+    return path.parts[0] == "docs" and path.parts[1:2] != ("site",)

@@ -36,7 +36,11 @@ class Card:
         )
         dark = color != GREY
         self.text(
-            x + width / 2, y + height / 2 + 4.5, text, "#ffffff" if dark else INK, "middle"
+            x + width / 2,
+            y + height / 2 + 4.5,
+            text,
+            "#ffffff" if dark else INK,
+            "middle",
         )
 
     def text(
