@@ -27,7 +27,7 @@ ADOPTED = {
     "CHANGELOG.md": "changelog.md",
     "patches/README.md": "patches.md",
 }
-"""Pages of the site that are files outside of docs/, by their place in the repository."""
+"""Pages of the site that lie outside of docs/, by their place in the repository."""
 
 TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 """Where a page wants a table of `options.TABLES`."""

@@ -16,8 +16,11 @@ from support.refusals import sentences
 
 from hashevict_vllm.config import KVPolicyConfig
 
+KEYS = KVPolicyConfig.keys()
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELLS, VALUES = ("bash", "sh"), {"json": json.loads, "yaml": yaml.safe_load}
+UNCHECKED = ("", "text", "promql")
+"""Output, formulas, queries of Prometheus."""
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -29,16 +32,14 @@ def test_code_blocks_can_be_parsed(block: Block) -> None:
     elif block.language in VALUES:
         assert VALUES[block.language](block.code)
     else:
-        assert block.language in ("", "text", "promql"), (
-            "a language that is not checked"
-        )
+        assert block.language in UNCHECKED
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_of_a_policy_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for key in re.findall(r"--kv-policy-config\.(\w+)", text):
-        assert key in KVPolicyConfig.keys()
+        assert key in KEYS
     for block in blocks(page):
         if block.language == "yaml" and "kv-policy:" in block.code:
             options = yaml.safe_load(block.code)

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urldefrag
@@ -18,30 +17,15 @@ from support.pages import DOCS, PAGES, ROOT, links
 from hashevict_vllm.config import KVPolicyConfig
 
 SITE = DOCS / "site" / "mkdocs.yml"
-LOADS = {
-    "script": "src",
-    "img": "src",
-    "iframe": "src",
-    "source": "src",
-    "link": "href",
-}
+LOADS = {"link": "href", **dict.fromkeys(("script", "img", "iframe"), "src")}
 """Elements that a browser fetches without being asked, and their attribute."""
 
 
 def build(config: Path, output: Path) -> subprocess.CompletedProcess[str]:
     """``mkdocs build --strict``, which fails at the first warning."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mkdocs",
-            "build",
-            "--strict",
-            "-f",
-            config,
-            "-d",
-            output,
-        ],
+        [*command, "--config-file", config, "--site-dir", output],
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
@@ -78,11 +62,11 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("site")
     built = build(SITE, output)
     assert built.returncode == 0, built.stderr
-    yield output
+    return output
 
 
 @pytest.mark.parametrize("broken", ["[x](nowhere.md)", "[x](flags.md#nowhere)"])
@@ -136,11 +120,13 @@ def test_serving_on_a_gpu_is_three_clicks_away_at_most(site: Path) -> None:
         reached |= {urldefrag(link)[0] for link in links if ":" not in link}
     page = Page(site / urldefrag(found[0])[0])
     assert "on-an-nvidia-gpu" in page.anchors
-    assert "--kv-policy" in page.text and ".[cuda]" in page.text
+    assert "--kv-policy" in page.text
+    assert ".[cuda]" in page.text
 
 
 def test_the_table_of_flags_is_the_codes(site: Path) -> None:
     text = (site / "flags.html").read_text(encoding="utf-8")
     rows = re.findall(r"<tr>\s*<td><code>(\w+)</code></td>", text)
     assert set(KVPolicyConfig.keys()) - {"name", "budget"} <= set(rows)
-    assert "--kv-budget" in text and "<!-- table" not in text
+    assert "--kv-budget" in text
+    assert "<!-- table" not in text
