@@ -74,6 +74,16 @@ def test_every_refusal_stands_on_the_page(place: str) -> None:
     assert plain(longest) in TROUBLES, f"add {longest!r} to docs/troubleshooting.md"
 
 
+def test_what_dockers_entry_script_refuses_stands_there_too() -> None:
+    """Its ``die "…"``: the longest part that does not vary."""
+    script = (ROOT / "docker" / "entrypoint.sh").read_text().replace('" \\\n', "")
+    found = re.findall(r'^\s+die "(.*)"', re.sub(r' {2,}"', " ", script), re.MULTILINE)
+    assert len(found) > 4
+    for sentence in found:
+        parts = re.split(r"\$\(.*?\)|\$\w+", sentence)
+        assert plain(max(parts, key=len)) in TROUBLES, sentence
+
+
 def test_the_page_has_no_refusal_that_the_code_has_not() -> None:
     """Sections of refusals only; what varies is …, and / stands between two ends."""
     known = plain(" ¦ ".join(part for parts in REFUSALS.values() for part in parts))
