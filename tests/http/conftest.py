@@ -11,27 +11,20 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.pages import ROOT
-from support.quickstart import prepared_environment, server_command
-from support.server import MODEL, Server, free_port, run, server_env
+from support.server import BUDGET, MODEL, Server, serve
 
 LOG_LINES_SHOWN = 60
 
 
 @pytest.fixture(scope="module")
 def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The quickstart's server, with further options; a pool of 1 GiB.
-
-    SmolLM2-135M-Instruct in bfloat16 with a budget of `BUDGET` tokens.
-    """
-    port = free_port()
-    flags = ["--served-model-name", MODEL, smollm.name, "--max-model-len", "8192"]
-    flags += ["--host", "127.0.0.1", "--port", str(port)]
+    """SmolLM2-135M-Instruct with a budget of `BUDGET` tokens and a pool of 1 GiB."""
+    flags = ["--kv-policy", "hashevict", "--kv-budget", str(BUDGET)]
+    flags += ["--served-model-name", MODEL, "--dtype", "bfloat16"]
+    flags += ["--max-model-len", "8192", "--enforce-eager"]
     flags += ["--enable-prompt-tokens-details"]
-    environment = prepared_environment(tmp_path_factory.mktemp("environment"))
-    env = {**server_env(), "HASHEVICT_VENV": str(environment), "PYTHONPATH": str(ROOT)}
     log_path = tmp_path_factory.mktemp("server") / "log"
-    with run([*server_command(), *flags], port, log_path, env) as running:
+    with serve(smollm, *flags, log_path=log_path) as running:
         yield running
 
 

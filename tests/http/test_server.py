@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from support.quickstart import CLIENTS, client_command
 from support.server import BUDGET, MODEL, server_env, vllm_command
 
 from hashevict_vllm.config import POLICY_NAMES
@@ -308,26 +307,3 @@ def test_32_requests_are_served_at_once_though_half_outgrow_the_budget(server, c
         assert answer.usage.completion_tokens == 24
         assert answer.choices[0].text.startswith(f" {CAPITALS[country]}")
     server.wait_until_idle()
-
-
-# -- docs/quickstart.md ----------------------------------------------------------
-
-
-ANSWERS = ("sky", "6589 -> ", "evicted_tokens_total{")
-"""Of what each client of the quickstart prints."""
-
-
-@pytest.mark.parametrize(
-    ("block", "answer"), zip(CLIENTS, ANSWERS, strict=True), ids=str
-)
-def test_the_quickstarts_blocks_do_what_they_say(block, answer, server):
-    """The first one, which starts the server, is behind all tests of this file."""
-    result = subprocess.run(
-        client_command(block, server.url),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert answer in result.stdout
