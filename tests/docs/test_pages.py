@@ -55,6 +55,15 @@ def test_figures_are_those_that_the_code_draws(tmp_path: Path) -> None:
     assert drawn == kept, "run python docs/site/figures.py"
 
 
+def test_measured_intervals_are_those_of_the_pages_that_measured_them() -> None:
+    sources = [DOCS / f"{name}.md" for name in ("quality", "performance")]
+    measured = " ".join(path.read_text(encoding="utf-8") for path in sources)
+    quoted = re.findall(r"\d+(?: %)? \[\d+, \d+\]", (DOCS / "budget.md").read_text())
+    assert len(quoted) > 10
+    for figure in quoted:
+        assert figure in measured, f"docs/budget.md says {figure}: measured anew?"
+
+
 # -- docs/troubleshooting.md -----------------------------------------------------
 
 REFUSALS = sentences()
