@@ -35,7 +35,7 @@ def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 @pytest.mark.parametrize(
-    ("block", "answer"), zip(CLIENTS, ANSWERS, strict=True), ids=str
+    ("block", "answer"), list(zip(CLIENTS, ANSWERS, strict=True)), ids=str
 )
 def test_its_clients_get_what_they_ask_for(
     block: Block, answer: str, server: Server
