@@ -141,8 +141,10 @@ class KVPolicyConfig:
         window: With ``vote``: last queries of a prompt segment that vote.
         pool: With ``vote``: a slot's votes count for this many positions, itself and
             those that follow it (and one before), when a segment is reduced.
-        vote_every: With ``vote``: in decode, one token of so many votes.
-        decay: With ``vote``: factor on earlier votes at every vote in decode.
+        vote_every: With ``vote``: in decode, one token of so many votes; by default
+            one of ``budget / 128``, at most 8.
+        decay: With ``vote``: factor on earlier votes at every vote in decode; by
+            default 0.85 if one token of 8 votes, 0.94 if all do.
 
     """
 
@@ -159,8 +161,8 @@ class KVPolicyConfig:
     seed: int = 0
     window: int = 16
     pool: int = 15
-    vote_every: int = 8
-    decay: float = 0.85
+    vote_every: int | None = None
+    decay: float | None = None
 
     @property
     def enabled(self) -> bool:
@@ -276,8 +278,10 @@ class KVPolicyConfig:
             seed=as_int(flag("seed"), self.seed, 0, MAX_SEED),
             window=as_int(flag("window"), self.window, 1, MAX_VOTES),
             pool=as_int(flag("pool"), self.pool, 1, MAX_VOTES),
-            vote_every=as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
-            decay=as_share(flag("decay"), self.decay),
+            vote_every=None
+            if self.vote_every is None
+            else as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
+            decay=None if self.decay is None else as_share(flag("decay"), self.decay),
         )
 
     def sizes(self, max_model_len: int, block_size: int) -> dict[str, int]:
@@ -319,10 +323,11 @@ class KVPolicyConfig:
                 f"({self.sinks} + {recent} + {block_size} = {floor}); use more"
                 + (", or smaller blocks: --block-size 32." if block_size > 32 else "."),
             )
-        if self.scoring == "vote" and recent < self.vote_every:
+        vote_every, decay = self.pace(min(budget, max_model_len))
+        if self.scoring == "vote" and recent < vote_every:
             raise fail(
                 option_flag("recent"),
-                f"{recent} tokens is less than vote_every ({self.vote_every}), so that "
+                f"{recent} tokens is less than vote_every ({vote_every}), so that "
                 "a token could be evicted before any query has voted on it.",
             )
         if self.segment not in (1, SEGMENT_PROMPT) and int(self.segment) % block_size:
@@ -342,9 +347,19 @@ class KVPolicyConfig:
             seed=self.seed,
             window=self.window,
             pool=self.pool,
-            vote_every=self.vote_every,
-            decay=self.decay,
+            vote_every=vote_every,
+            decay=decay,
         )
+
+    def pace(self, budget: int) -> tuple[int, float]:
+        """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
+
+        No budget costs more ballots' slots per token than 1,024 does at one in 8. Rare
+        ballots are remembered for more tokens, frequent ones for more ballots.
+        """
+        every = self.vote_every or min(8, max(1, budget // 128))
+        decay = 0.85 ** (every / 8) ** 0.5 if self.decay is None else self.decay
+        return every, decay
 
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:

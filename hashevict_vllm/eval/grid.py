@@ -93,6 +93,8 @@ class Policy:
         config = KVPolicyConfig.from_dict(self.with_budget(budget))
         options = dataclasses.asdict(config)
         del options["preset"]  # what it sets is there
+        if budget is not None:  # what is by default depends on it
+            options["vote_every"], options["decay"] = config.pace(budget)
         return options
 
 
