@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.resolved import ResolvedKVPolicy, pace
 from hashevict_vllm.values import (
     KVPolicyError,
     as_int,
@@ -323,7 +323,9 @@ class KVPolicyConfig:
                 f"({self.sinks} + {recent} + {block_size} = {floor}); use more"
                 + (", or smaller blocks: --block-size 32." if block_size > 32 else "."),
             )
-        vote_every, decay = self.pace(min(budget, max_model_len))
+        vote_every, decay = pace(
+            min(budget, max_model_len), self.vote_every, self.decay
+        )
         if self.scoring == "vote" and recent < vote_every:
             raise fail(
                 option_flag("recent"),
@@ -350,16 +352,6 @@ class KVPolicyConfig:
             vote_every=vote_every,
             decay=decay,
         )
-
-    def pace(self, budget: int) -> tuple[int, float]:
-        """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
-
-        No budget costs more ballots' slots per token than 1,024 does at one in 8. Rare
-        ballots are remembered for more tokens, frequent ones for more ballots.
-        """
-        every = self.vote_every or min(8, max(1, budget // 128))
-        decay = 0.85 ** (every / 8) ** 0.5 if self.decay is None else self.decay
-        return every, decay
 
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
