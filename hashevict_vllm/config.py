@@ -144,7 +144,7 @@ class KVPolicyConfig:
         vote_every: With ``vote``: in decode, one token of so many votes; by default
             one of ``budget / 128``, at most 8.
         decay: With ``vote``: factor on earlier votes at every vote in decode; by
-            default 0.85 if one token of 8 votes, 0.94 if all do.
+            default 0.85 per 8 tokens.
 
     """
 

@@ -14,10 +14,10 @@ def pace(
     """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
 
     Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot.
-    Rare ballots are remembered for more tokens, frequent ones for more ballots.
+    Votes fade by 0.85 in 8 tokens, however many of those vote.
     """
     every = vote_every or min(8, max(1, budget // 128))
-    return every, 0.85 ** (every / 8) ** 0.5 if decay is None else decay
+    return every, 0.85 ** (every / 8) if decay is None else decay
 
 
 @dataclass(frozen=True)
