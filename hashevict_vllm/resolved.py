@@ -17,6 +17,18 @@ def share_of(whole: int, percent: float) -> int:
     return int(whole * percent / 100)
 
 
+def pace(
+    budget: int, vote_every: int | None = None, decay: float | None = None
+) -> tuple[int, float]:
+    """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
+
+    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot.
+    Votes fade by 0.85 in 8 tokens, however many of those vote.
+    """
+    every = vote_every or min(8, max(1, budget // 128))
+    return every, 0.85 ** (every / 8) if decay is None else decay
+
+
 @dataclass(frozen=True)
 class ResolvedKVPolicy:
     """A policy in plain numbers, as the cache, the planner and the kernels use it.
@@ -59,7 +71,7 @@ class ResolvedKVPolicy:
     allow_full: bool = False
 
     def with_budget(self, budget: int) -> ResolvedKVPolicy:
-        """The same for a request with another budget, as if the server had that."""
+        """The same for a request with another budget; its ballots keep this pace."""
         recent = self.recent
         if self.recent_percent is not None:
             recent = share_of(budget, self.recent_percent)
