@@ -15,6 +15,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -107,16 +108,7 @@ def describe_capacity(
         kv_cache_config: The resolved pool and its groups.
 
     """
-    policies, groups = [], []
-    for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if isinstance(spec, UniformTypeKVCacheSpecs):
-            layers = list(spec.kv_cache_specs.values())
-        else:
-            layers = [spec] * len(group.layer_names)
-        groups.append(_need(vllm_config, layers))
-        if isinstance(layers[0], BudgetedAttentionSpec):
-            policies.append(layers[0].policy)
+    policies, groups = group_needs(vllm_config, kv_cache_config)
     if not policies:
         return None
     found, cached = capacity(groups, kv_cache_config.num_blocks), ""
@@ -132,6 +124,32 @@ def describe_capacity(
         f"prompts; stock vLLM {found.stock_requests:.2f} of "
         f"{vllm_config.model_config.max_model_len} tokens.{cached}"
     )
+
+
+def group_needs(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> tuple[list[ResolvedKVPolicy], list[GroupNeed]]:
+    """What one request of ``max_model_len`` tokens holds in each group.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The resolved pool and its groups.
+
+    Returns:
+        The policies of the budgeted groups, and the need of every group.
+
+    """
+    policies, groups = [], []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            layers = list(spec.kv_cache_specs.values())
+        else:
+            layers = [spec] * len(group.layer_names)
+        groups.append(_need(vllm_config, layers))
+        if isinstance(layers[0], BudgetedAttentionSpec):
+            policies.append(layers[0].policy)
+    return policies, groups
 
 
 def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:
