@@ -21,6 +21,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
+from hashevict_vllm import clock
 from hashevict_vllm.compat.rules import block_size_of
 from hashevict_vllm.config import policy_of
 from hashevict_vllm.metrics.counts import (
@@ -55,6 +56,11 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
     "requests_over_budget": (
         Counter,
         "Requests that have grown beyond their budget and so evict.",
+        (),
+    ),
+    "eviction_seconds": (
+        Counter,
+        "Seconds in which layers wrote tokens, chose victims and reduced prompts.",
         (),
     ),
     "replays": (
@@ -109,6 +115,9 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._tokens: dict[int, dict[str, int]] = {i: {} for i in self._engines}
         self._alive: dict[int, Iterable[str]] = {}
         self._renewed = dict.fromkeys(self._engines, 0.0)
+        self._seconds = dict.fromkeys(self._engines, 0.0)
+        # Each of several API servers reads the same clocks: one of them counts.
+        self._reads_clocks = vllm_config.parallel_config._api_process_rank <= 0
         self._metrics = _make_metrics()
         policy = self._policy
         for engine in self._engines:
@@ -119,7 +128,7 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             for phase in ("prompt", "output"):
                 self._metric("evicted_tokens", engine, phase)
             for name, (_, _, labels) in METRICS.items():
-                if not labels:
+                if not labels and name != "eviction_seconds":
                     self._metric(name, engine)
 
     def record(
@@ -180,6 +189,15 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._metric("live_slots", engine).set(sum(live))
         self._metric("blocks_held", engine).set(held)
         self._metric("blocks_saved", engine).set(stock - held)
+        self._renew_seconds(engine)
+
+    def _renew_seconds(self, engine: int) -> None:
+        """Count what the engine's worker has counted since the last time."""
+        seconds = clock.read(engine) if self._reads_clocks else None
+        if seconds is not None:
+            more = max(seconds - self._seconds[engine], 0.0)
+            self._metric("eviction_seconds", engine).inc(more)
+            self._seconds[engine] = seconds
 
     def _metric(self, name: str, engine: int, *labels: str) -> Any:
         return self._metrics[name].labels(self._model, str(engine), *labels)

@@ -109,8 +109,8 @@ def _pool_bytes(options: argparse.Namespace, weights: int) -> int:
         raise fail(
             "--gpu-gib",
             f"nothing of {options.gpu_gib:g} GiB is left for a KV cache beside "
-            f"{weights / GIB:.1f} GiB of weights on {options.tensor_parallel_size} GPUs; "
-            "use more, or a larger --tensor-parallel-size.",
+            f"{weights / GIB:.1f} GiB of weights on {options.tensor_parallel_size} "
+            "GPUs; use more, or a larger --tensor-parallel-size.",
         )
     return int(rest)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import tempfile
-from contextlib import ExitStack, contextmanager
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ def _existing(model: str) -> Path:
 
 
 def read_config(folder: Path, **options: Any) -> VllmConfig:
-    """vLLM's configuration of a model, with no policy in it.
+    """The configuration that vLLM makes of a model, with no policy in it.
 
     Args:
         folder: Where its ``config.json`` lies.

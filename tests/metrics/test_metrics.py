@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from prometheus_client import REGISTRY
 from support.engine import engine, greedy, scheduler_of
 from support.models import random_prompt
 
+from hashevict_vllm import clock
 from hashevict_vllm.metrics.counts import Progress, evicted_tokens
 from hashevict_vllm.metrics.prometheus import METRICS, PREFIX
 
@@ -50,6 +52,12 @@ def test_evictions_are_counted_by_phase(served: Any) -> None:
     assert value("evicted_tokens_total", phase="prompt") == sum(in_prompt)
     assert value("evicted_tokens_total", phase="output") == sum(lost) - sum(in_prompt)
     assert value("requests_over_budget_total") == 3
+
+
+def test_seconds_of_eviction_are_those_of_the_worker(served: Any) -> None:
+    counted = clock.read(0)
+    assert counted is not None
+    assert 0 < value("eviction_seconds_total") == counted < time.process_time()
 
 
 def test_the_kept_ratio_of_every_finished_request_is_observed(served: Any) -> None:
