@@ -15,8 +15,8 @@ from hashevict_vllm.sizing.__main__ import main
 POOL = 64 << 20
 NUMBERS = (
     r"at most (?P<blocks>\d+) blocks .*? once its prompt is read, (?P<peak>\d+) while "
-    r"it is\. This pool of (?P<pool>\d+) blocks serves (?P<requests>[\d.]+) requests of "
-    r"any length at once, (?P<reading>[\d.]+) while all read long prompts; stock vLLM "
+    r"it is\. This pool of (?P<pool>\d+) blocks serves (?P<requests>[\d.]+) requests "
+    r"of any length at once, (?P<reading>[\d.]+) while all read long prompts; stock vLLM "
     r"(?P<stock>[\d.]+) of"
 )
 

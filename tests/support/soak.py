@@ -79,7 +79,7 @@ def alone(url: str, answers: list[Answer], count: int, seed: int) -> list[str]:
     again = [replace_salt(answer.request) for answer in sample]
     repeated = asyncio.run(send_all(url, again, in_flight=1))
     return [
-        f"request {then.request.number}: {len(then.tokens)} tokens, another answer alone"
+        f"request {then.request.number}: another answer alone"
         for then, now in zip(sample, repeated, strict=True)
         if then.tokens != now.tokens
     ] + ([] if len(sample) == count else [f"only {len(sample)} answers to compare"])
@@ -103,9 +103,8 @@ def soak(
     wrong, answers, sizes, start = [], [], [], time.monotonic()
     for first in range(0, requests, piece):
         numbers = range(first, min(first + piece, requests))
-        found = asyncio.run(
-            send_all(url, [load.request(n) for n in numbers], in_flight)
-        )
+        drawn = [load.request(number) for number in numbers]
+        found = asyncio.run(send_all(url, drawn, in_flight))
         answers += found
         wrong += [f"request {a.request.number}: {a.error}" for a in found if a.error]
         wrong += wait_until_idle(url)
