@@ -1,7 +1,7 @@
 """How many tokens the answers of one HTTP request have evicted, for its ``usage``.
 
-One call of the API may be several requests of the engine (prompts, ``n``), read by tasks
-of their own. They share a `Tally`, which the task of the call has in its context.
+One call of the API may be several requests of the engine (prompts, ``n``), read by
+tasks of their own. They share a `Tally`, which the task of the call has in its context.
 """
 
 from __future__ import annotations

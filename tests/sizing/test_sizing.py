@@ -16,8 +16,8 @@ POOL = 64 << 20
 NUMBERS = (
     r"at most (?P<blocks>\d+) blocks .*? once its prompt is read, (?P<peak>\d+) while "
     r"it is\. This pool of (?P<pool>\d+) blocks serves (?P<requests>[\d.]+) requests "
-    r"of any length at once, (?P<reading>[\d.]+) while all read long prompts; stock vLLM "
-    r"(?P<stock>[\d.]+) of"
+    r"of any length at once, (?P<reading>[\d.]+) while all read long prompts; stock "
+    r"vLLM (?P<stock>[\d.]+) of"
 )
 
 

@@ -54,8 +54,8 @@ def wait_until_idle(url: str, seconds: float = 60) -> list[str]:
         time.sleep(0.2)
 
 
-def memory(url: str) -> int:
-    """Bytes that belong to the server's processes alone (USS), on this machine."""
+def processes(url: str) -> list[psutil.Process]:
+    """A server of this machine and all that it has started."""
     port = int(url.rpartition(":")[2])
     (pid,) = {
         connection.pid
@@ -63,8 +63,12 @@ def memory(url: str) -> int:
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
     }
     server = psutil.Process(pid)
-    processes = [server, *server.children(recursive=True)]
-    return sum(process.memory_full_info().uss for process in processes)
+    return [server, *server.children(recursive=True)]
+
+
+def memory(url: str) -> int:
+    """Bytes that belong to the server's processes alone (USS)."""
+    return sum(process.memory_full_info().uss for process in processes(url))
 
 
 def alone(url: str, answers: list[Answer], count: int, seed: int) -> list[str]:

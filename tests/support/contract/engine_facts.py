@@ -51,7 +51,7 @@ ENGINE_FACTS = (
     Fact(
         "vllm/entrypoints/serve/engine/protocol.py:OpenAIBaseModel",
         "vllm_patches/usage.py adds a field",
-        says=('extra="allow"',),
+        says=("ConfigDict(extra=",),
     ),
     Fact(
         "vllm/v1/engine/llm_engine.py:LLMEngine.add_request",
