@@ -1,4 +1,4 @@
-"""Malformed budgets and options: each is refused with one sentence that names its flag."""
+"""Malformed options: each is refused with one sentence that names its flag."""
 
 from __future__ import annotations
 
