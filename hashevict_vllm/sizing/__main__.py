@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,10 @@ KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = argparse.ArgumentParser(prog="hashevict-vllm plan", description=__doc__)
+    """The command's options; those of the policy in all forms that vLLM's have."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="hashevict-vllm plan", description=__doc__)
     add = parser.add_argument
     add("model", help=f"folder, config.json, or one of {', '.join(PRESETS)}")
     memory = parser.add_mutually_exclusive_group(required=True)
@@ -42,6 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lengths", type=int, nargs="+", help="tokens of requests, prompt and output")
     add("--max-model-len", type=int)
     add("--block-size", type=int, default=16, help="16 on GPUs, 128 on CPUs")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        help="what sliding-window layers hold depends on it (default: as on a server)",
+    )
     add("--kv-cache-dtype", choices=KV_DTYPES, default="auto")
     add("--tensor-parallel-size", type=int, default=1)
     add("--json", action="store_true", help="print JSON instead of a table")
@@ -65,6 +73,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
             max_model_len=options.max_model_len,
             block_size=options.block_size,
             tensor_parallel_size=options.tensor_parallel_size,
+            max_num_batched_tokens=options.max_num_batched_tokens,
         )
         weights = 0
         if options.pool_gib is None:
@@ -164,13 +173,19 @@ def table(found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
+    # vLLM logs to stdout, where the plan goes, and about this machine.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     parser = make_parser()
     options = parser.parse_args(arguments)
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         found = plan(options)
     except KVPolicyError as error:
         parser.exit(2, f"hashevict-vllm plan: error: {error}\n")
+    finally:
+        logger.setLevel(level)
     print(json.dumps(found, indent=2) if options.json else table(found))
 
 

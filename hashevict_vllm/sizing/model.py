@@ -65,10 +65,12 @@ def read_config(folder: Path, **options: Any) -> VllmConfig:
 
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
-    return EngineArgs(
+    arguments = EngineArgs(
         model=str(folder), skip_tokenizer_init=True, load_format="dummy", **options
-    ).create_engine_config()
+    )
+    return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def weight_bytes(folder: Path, vllm_config: VllmConfig) -> int:

@@ -23,6 +23,7 @@ NUMBERS = (
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     """The plan that the command prints as JSON."""
+    capsys.readouterr()
     main([*arguments, "--json"])
     return json.loads(capsys.readouterr().out)
 
@@ -37,13 +38,15 @@ def test_a_plan_agrees_with_the_log_of_the_engine(
     path: Path = request.getfixturevalue(model)
     said: list[str] = []
     monkeypatch.setattr("hashevict_vllm.cache.capacity.logger.info", said.append)
-    with engine(path, {"budget": 320, "segment": 512}, kv_cache_memory_bytes=POOL):
+    sizes = {"kv_cache_memory_bytes": POOL, "max_num_batched_tokens": 1024}
+    with engine(path, {"budget": 320, "segment": 512}, **sizes):
         found = re.search(NUMBERS, "".join(said))
     assert found, said
     log = {name: float(value) for name, value in found.groupdict().items()}
 
     options = ["--pool-gib", str(POOL / 2**30), "--block-size", "32"]
     options += ["--max-model-len", "4096", "--kv-cache-dtype", "float32"]
+    options += ["--max-num-batched-tokens", "1024"]
     options += ["--kv-budget", "320", "--kv-policy-config.segment", "512"]
     plan = planned(capsys, str(path), *options)
     (row,) = plan["lengths"]
