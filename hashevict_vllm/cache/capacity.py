@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.shared import CAPACITY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -179,12 +180,16 @@ def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:
 def log_capacity(
     vllm_config: VllmConfig, kv_cache_configs: Sequence[KVCacheConfig]
 ) -> None:
-    """Log `describe_capacity` at INFO, where a layer is budgeted.
+    """Log `describe_capacity` at INFO, where a layer is budgeted; show it as a metric.
 
     Args:
         vllm_config: The engine's configuration.
         kv_cache_configs: Those of the workers; they differ in layer names only.
 
     """
-    if sentence := describe_capacity(vllm_config, kv_cache_configs[0]):
+    config = kv_cache_configs[0]
+    if sentence := describe_capacity(vllm_config, config):
         logger.info(sentence)
+        _, groups = group_needs(vllm_config, config)
+        CAPACITY.open(vllm_config.parallel_config.data_parallel_index)
+        CAPACITY.add(capacity(groups, config.num_blocks).requests)

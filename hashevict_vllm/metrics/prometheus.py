@@ -21,7 +21,6 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from hashevict_vllm import clock
 from hashevict_vllm.compat.rules import block_size_of
 from hashevict_vllm.config import policy_of
 from hashevict_vllm.metrics.counts import (
@@ -30,6 +29,7 @@ from hashevict_vllm.metrics.counts import (
     kept_ratio,
     live_slots,
 )
+from hashevict_vllm.shared import CAPACITY, EVICTION_SECONDS
 
 PREFIX = "hashevict:"
 LABELS = ("model_name", "engine")
@@ -84,6 +84,11 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
         "Blocks per group that they would hold besides without a budget.",
         (),
     ),
+    "capacity_requests": (
+        Gauge,
+        "Requests of any length that the KV pool serves at once.",
+        (),
+    ),
     "request_kept_ratio": (
         Histogram,
         "Share of a finished request's tokens that its cache still held.",
@@ -91,6 +96,9 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
     ),
 }
 """Name without prefix: kind, meaning, labels besides `LABELS`."""
+
+SHARED = ("eviction_seconds", "capacity_requests")
+"""Those of `hashevict_vllm.shared`: there where a process of the machine writes them."""
 
 
 class KVPolicyStatLogger(AggregateStatLoggerBase):
@@ -116,8 +124,8 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._alive: dict[int, Iterable[str]] = {}
         self._renewed = dict.fromkeys(self._engines, 0.0)
         self._seconds = dict.fromkeys(self._engines, 0.0)
-        # Each of several API servers reads the same clocks: one of them counts.
-        self._reads_clocks = vllm_config.parallel_config._api_process_rank <= 0
+        # All of several API servers could read the same numbers: one of them does.
+        self._reads_shared = vllm_config.parallel_config._api_process_rank <= 0
         self._metrics = _make_metrics()
         policy = self._policy
         for engine in self._engines:
@@ -128,7 +136,7 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             for phase in ("prompt", "output"):
                 self._metric("evicted_tokens", engine, phase)
             for name, (_, _, labels) in METRICS.items():
-                if not labels and name != "eviction_seconds":
+                if not labels and name not in SHARED:
                     self._metric(name, engine)
 
     def record(
@@ -152,7 +160,9 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._renew_gauges(engine_idx)
 
     def log_engine_initialized(self) -> None:
-        """Nothing: `info` is set when the logger is made."""
+        """Show what is known before the first request; `info` is there already."""
+        for engine in self._engines:
+            self._renew_shared(engine)
 
     def _count(self, progress: Progress, engine: int) -> None:
         budget = self._policy.budget
@@ -189,11 +199,15 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._metric("live_slots", engine).set(sum(live))
         self._metric("blocks_held", engine).set(held)
         self._metric("blocks_saved", engine).set(stock - held)
-        self._renew_seconds(engine)
+        self._renew_shared(engine)
 
-    def _renew_seconds(self, engine: int) -> None:
-        """Count what the engine's worker has counted since the last time."""
-        seconds = clock.read(engine) if self._reads_clocks else None
+    def _renew_shared(self, engine: int) -> None:
+        """Show what the engine's processes have written since the last time."""
+        if not self._reads_shared:
+            return
+        if (requests := CAPACITY.read(engine)) is not None:
+            self._metric("capacity_requests", engine).set(requests)
+        seconds = EVICTION_SECONDS.read(engine)
         if seconds is not None:
             more = max(seconds - self._seconds[engine], 0.0)
             self._metric("eviction_seconds", engine).inc(more)

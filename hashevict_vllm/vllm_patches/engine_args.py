@@ -19,7 +19,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .. import cli, clock
+from .. import cli, shared
 from ..compat import rules
 from ..config import ADDITIONAL_CONFIG_KEY, KVPolicyError
 
@@ -52,7 +52,7 @@ class PolicyExtension:
         """Change the defaults that a policy cannot live with; prepare for workers."""
         if rules.policy_of(engine_args.additional_config).enabled:
             rules.default_prefix_caching_off(engine_args)
-            clock.share()
+            shared.share()
 
     def check_engine_config(self, vllm_config: VllmConfig) -> None:
         """Refuse what the policy cannot serve."""

@@ -12,10 +12,10 @@ from vllm.v1.attention.backend import AttentionLayer
 
 from hashevict_vllm.attention.impl import BudgetedImpl, LayerStep
 from hashevict_vllm.cache.page import LayerPages
-from hashevict_vllm.clock import EVICTION
 from hashevict_vllm.kernels.cpu import launch
 from hashevict_vllm.kernels.cpu.tokens import addresses, with_whole_rows
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.shared import EVICTION_SECONDS
 
 
 class BudgetedImplMixin(BudgetedImpl):
@@ -53,7 +53,7 @@ class BudgetedImplMixin(BudgetedImpl):
                 part.requests,
                 *common,
             )
-            EVICTION.add(perf_counter() - begin)
+            EVICTION_SECONDS.add(perf_counter() - begin)
             self.attend(step, part.rows, part.inner)
             if len(part.replay):
                 begin = perf_counter()
@@ -65,7 +65,7 @@ class BudgetedImplMixin(BudgetedImpl):
                     *common,
                     constants.budget,
                 )
-                EVICTION.add(perf_counter() - begin)
+                EVICTION_SECONDS.add(perf_counter() - begin)
 
     def view_pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerPages:
         """Raw views of the layer's pages."""

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from hashevict_vllm.attention.cpu.constants import KernelConstants
 from hashevict_vllm.attention.lengths import first_layer, host_lens, host_prompt_lens
 from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
-from hashevict_vllm.clock import EVICTION
+from hashevict_vllm.shared import EVICTION_SECONDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -102,7 +102,7 @@ class BudgetedMetadataBuilderMixin:
         layer = first_layer(vllm_config, layer_names)
         self.constants = KernelConstants.build(layer, kv_cache_spec)
         if vllm_config.parallel_config.rank == 0:
-            EVICTION.open(vllm_config.parallel_config.data_parallel_index)
+            EVICTION_SECONDS.open(vllm_config.parallel_config.data_parallel_index)
 
     def build(
         self,
