@@ -1,8 +1,8 @@
 """Numbers of an engine's processes that its API server shows on ``/metrics``.
 
 They are processes of one machine, and vLLM's messages between them have no room for a
-plugin's numbers: each number is a float64 in a file of its own. Workers on other machines
-(Ray) do not know the folder; what they count, nobody sees.
+plugin's numbers: each number is a float64 in a file of its own. Workers on other
+machines (Ray) do not know the folder; what they count, nobody sees.
 """
 
 from __future__ import annotations

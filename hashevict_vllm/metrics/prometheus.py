@@ -98,7 +98,7 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
 """Name without prefix: kind, meaning, labels besides `LABELS`."""
 
 SHARED = ("eviction_seconds", "capacity_requests")
-"""Those of `hashevict_vllm.shared`: there where a process of the machine writes them."""
+"""Those of `hashevict_vllm.shared`: there where a process of the machine writes."""
 
 
 class KVPolicyStatLogger(AggregateStatLoggerBase):
