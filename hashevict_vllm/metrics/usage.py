@@ -11,8 +11,8 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from hashevict_vllm.compat.rules import block_size_of
 from hashevict_vllm.config import policy_of
+from hashevict_vllm.host import block_size_of
 from hashevict_vllm.metrics.counts import evicted_tokens
 
 FIELD = "evicted_tokens"
