@@ -1,8 +1,9 @@
 """A request's own budget: ``kv_budget`` in its ``vllm_xargs``, or ``extra_args``.
 
 Whoever asks for B tokens gets what a server with ``--kv-budget B`` and this server's
-``vote_every`` and ``decay`` would give, beside neighbours with budgets of their own. Front ends refuse what cannot be served
-(`check_budget`); behind them every value is a good one (`asked_budget`).
+``vote_every`` and ``decay`` would give, beside neighbours with budgets of their own.
+Front ends refuse what cannot be served (`check_budget`); behind them every value is a
+good one (`asked_budget`).
 """
 
 from __future__ import annotations

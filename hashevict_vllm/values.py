@@ -55,9 +55,9 @@ def as_tokens(flag: str, value: Any, minimum: int, maximum: int) -> int | str:
 
 
 def as_share(flag: str, value: Any) -> float:
-    """A number in (0, 1]; true is none."""
+    """A number in (0, 1]; true is none, nor are bytes."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, bytes)):
             raise TypeError
         share = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 from hashevict_vllm.config import option_flag
 from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.shared import CAPACITY
 from hashevict_vllm.values import fail
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def describe_capacity(
         kv_cache_config: The resolved pool and its groups.
 
     """
-    policies, groups = _groups(vllm_config, kv_cache_config)
+    policies, groups = group_needs(vllm_config, kv_cache_config)
     if not policies:
         return None
     found, cached = capacity(groups, kv_cache_config.num_blocks), ""
@@ -128,10 +129,19 @@ def describe_capacity(
     )
 
 
-def _groups(
+def group_needs(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> tuple[list[ResolvedKVPolicy], list[GroupNeed]]:
-    """Policies of the budgeted groups, and the needs of all."""
+    """What one request of ``max_model_len`` tokens holds in each group.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The resolved pool and its groups.
+
+    Returns:
+        The policies of the budgeted groups, and the need of every group.
+
+    """
     policies, groups = [], []
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
@@ -155,7 +165,7 @@ def check_full(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         KVPolicyError: With what is needed, and what there is.
 
     """
-    policies, groups = _groups(vllm_config, kv_cache_config)
+    policies, groups = group_needs(vllm_config, kv_cache_config)
     if len(groups) < 2 or not any(policy.allow_full for policy in policies):
         return
     need, there = sum(group.stock for group in groups), kv_cache_config.num_blocks - 1
@@ -178,7 +188,7 @@ def pool_capacity(
         kv_cache_config: The resolved pool and its groups.
 
     """
-    policies, groups = _groups(vllm_config, kv_cache_config)
+    policies, groups = group_needs(vllm_config, kv_cache_config)
     return capacity(groups, kv_cache_config.num_blocks) if policies else None
 
 
@@ -209,12 +219,16 @@ def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:
 def log_capacity(
     vllm_config: VllmConfig, kv_cache_configs: Sequence[KVCacheConfig]
 ) -> None:
-    """Log `describe_capacity` at INFO, where a layer is budgeted.
+    """Log `describe_capacity` at INFO, where a layer is budgeted; show it as a metric.
 
     Args:
         vllm_config: The engine's configuration.
         kv_cache_configs: Those of the workers; they differ in layer names only.
 
     """
-    if sentence := describe_capacity(vllm_config, kv_cache_configs[0]):
+    config = kv_cache_configs[0]
+    if sentence := describe_capacity(vllm_config, config):
         logger.info(sentence)
+        _, groups = group_needs(vllm_config, config)
+        CAPACITY.open(vllm_config.parallel_config.data_parallel_index)
+        CAPACITY.add(capacity(groups, config.num_blocks).requests)

@@ -30,6 +30,7 @@ from hashevict_vllm.metrics.counts import (
     live_slots,
 )
 from hashevict_vllm.request_budget import asked_budget
+from hashevict_vllm.shared import CAPACITY, EVICTION_SECONDS
 
 PREFIX = "hashevict:"
 LABELS = ("model_name", "engine")
@@ -58,6 +59,11 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
         "Requests that have grown beyond their budget and so evict.",
         (),
     ),
+    "eviction_seconds": (
+        Counter,
+        "Seconds in which layers wrote tokens, chose victims and reduced prompts.",
+        (),
+    ),
     "replays": (
         Counter,
         "Preempted requests that had generated tokens, which are evicted again.",
@@ -79,6 +85,11 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
         "Blocks per group that they would hold besides without a budget.",
         (),
     ),
+    "capacity_requests": (
+        Gauge,
+        "Requests of any length that the KV pool serves at once.",
+        (),
+    ),
     "request_kept_ratio": (
         Histogram,
         "Share of a finished request's tokens that its cache still held.",
@@ -86,6 +97,9 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
     ),
 }
 """Name without prefix: kind, meaning, labels besides `LABELS`."""
+
+SHARED = ("eviction_seconds", "capacity_requests")
+"""Those of `hashevict_vllm.shared`: there where a process of the machine writes."""
 
 
 class KVPolicyStatLogger(AggregateStatLoggerBase):
@@ -113,6 +127,9 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         }
         self._alive: dict[int, Iterable[str]] = {}
         self._renewed = dict.fromkeys(self._engines, 0.0)
+        self._seconds = dict.fromkeys(self._engines, 0.0)
+        # All of several API servers could read the same numbers: one of them does.
+        self._reads_shared = vllm_config.parallel_config._api_process_rank <= 0
         self._metrics = _make_metrics()
         policy = self._policy
         for engine in self._engines:
@@ -123,7 +140,7 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             for phase in ("prompt", "output"):
                 self._metric("evicted_tokens", engine, phase)
             for name, (_, _, labels) in METRICS.items():
-                if not labels:
+                if not labels and name not in SHARED:
                     self._metric(name, engine)
 
     def record(
@@ -148,7 +165,9 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._renew_gauges(engine_idx)
 
     def log_engine_initialized(self) -> None:
-        """Nothing: `info` is set when the logger is made."""
+        """Show what is known before the first request; `info` is there already."""
+        for engine in self._engines:
+            self._renew_shared(engine)
 
     def _count(self, progress: Progress, engine: int) -> None:
         budget = self._budget(progress.budget)
@@ -189,6 +208,19 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._metric("live_slots", engine).set(sum(live))
         self._metric("blocks_held", engine).set(held)
         self._metric("blocks_saved", engine).set(stock - held)
+        self._renew_shared(engine)
+
+    def _renew_shared(self, engine: int) -> None:
+        """Show what the engine's processes have written since the last time."""
+        if not self._reads_shared:
+            return
+        if (requests := CAPACITY.read(engine)) is not None:
+            self._metric("capacity_requests", engine).set(requests)
+        seconds = EVICTION_SECONDS.read(engine)
+        if seconds is not None:
+            more = max(seconds - self._seconds[engine], 0.0)
+            self._metric("eviction_seconds", engine).inc(more)
+            self._seconds[engine] = seconds
 
     def _metric(self, name: str, engine: int, *labels: str) -> Any:
         return self._metrics[name].labels(self._model, str(engine), *labels)

@@ -21,6 +21,8 @@
     and workers refuse a model that the policy did not reach; the capacity is logged.
 ``request_stats.py`` — the engine's client
     counts tokens per request for a policy's metrics, and has a logger that shows them.
+``usage.py`` — ``AsyncLLM.generate`` and ``UsageInfo``
+    say in a response's ``usage`` how many tokens were evicted.
 ``block_zeroing.py`` — the KV cache's configuration and the CPU's model runner
     zero new blocks that budgeted layers share with others, as their metadata may lie
     where those keep K and V.
@@ -61,6 +63,7 @@ PATCHES = (
     "scheduler",
     "engine_core",
     "request_stats",
+    "usage",
     "block_zeroing",
     "streaming_input",
     "cpu_generators",

@@ -295,6 +295,17 @@ def test_metrics_tell_how_many_tokens_a_request_has_evicted(server, client):
     now = evicted()
     assert now["prompt"] - before["prompt"] == usage.prompt_tokens - BUDGET > 0
     assert now["output"] - before["output"] == 32
+    assert usage.evicted_tokens == usage.prompt_tokens - BUDGET + 32
+
+
+def test_usage_adds_up_what_several_answers_evicted_also_in_streams(client):
+    both = complete(client, facts(33), 64, n=2).usage
+    each = both.prompt_tokens + 64 - 1 - BUDGET
+    assert both.evicted_tokens == 2 * each > 0
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = complete(client, [facts(33), "Hello"], 64, **options)
+    assert last.usage.evicted_tokens == each
+    assert chat(client, "Hello", 1).usage.evicted_tokens == 0
 
 
 def test_a_request_may_ask_for_a_budget_of_its_own(server, client):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support.models import random_prompt
 
 from hashevict_vllm.metrics.counts import Progress, evicted_tokens
 from hashevict_vllm.metrics.prometheus import METRICS, PREFIX
+from hashevict_vllm.shared import EVICTION_SECONDS
 
 BUDGET = 160
 POLICY = {"budget": BUDGET, "segment": 64}
@@ -54,6 +56,17 @@ def test_evictions_are_counted_by_phase(served: Any) -> None:
     assert value("evicted_tokens_total", phase="prompt") == sum(in_prompt)
     assert value("evicted_tokens_total", phase="output") == sum(lost) - sum(in_prompt)
     assert value("requests_over_budget_total") == 3
+
+
+def test_seconds_of_eviction_are_those_of_the_worker(served: Any) -> None:
+    counted = EVICTION_SECONDS.read(0)
+    assert counted is not None
+    assert 0 < value("eviction_seconds_total") == counted < time.process_time()
+
+
+def test_the_capacity_is_that_of_the_pool(served: Any) -> None:
+    pool = scheduler_of(served).kv_cache_manager.block_pool
+    assert value("capacity_requests") == (pool.num_gpu_blocks - 1) / (BUDGET // 32)
 
 
 def test_the_kept_ratio_of_every_finished_request_is_observed(served: Any) -> None:

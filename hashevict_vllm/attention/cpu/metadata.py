@@ -17,6 +17,7 @@ from hashevict_vllm.attention.lengths import (
     own_budgets,
 )
 from hashevict_vllm.attention.rounds import Budgets, Pieces, as_rows, cut_step
+from hashevict_vllm.shared import EVICTION_SECONDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -108,6 +109,8 @@ class BudgetedMetadataBuilderMixin:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         layer = first_layer(vllm_config, layer_names)
         self.constants = KernelConstants.build(layer, kv_cache_spec)
+        if vllm_config.parallel_config.rank == 0:
+            EVICTION_SECONDS.open(vllm_config.parallel_config.data_parallel_index)
 
     def build(
         self,

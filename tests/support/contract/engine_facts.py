@@ -59,6 +59,21 @@ ENGINE_FACTS = (
         says=("isinstance(prompt, AsyncGenerator)", "_add_streaming_input_request("),
     ),
     Fact(
+        "vllm/v1/engine/async_llm.py:AsyncLLM.generate",
+        "vllm_patches/usage.py wraps it, and passes the rest on",
+        says=("self.add_request(", "yield out"),
+    ),
+    Fact(
+        "vllm/entrypoints/serve/engine/protocol.py:UsageInfo",
+        "vllm_patches/usage.py adds a field to those it has",
+        has=("prompt_tokens", "completion_tokens"),
+    ),
+    Fact(
+        "vllm/entrypoints/serve/engine/protocol.py:OpenAIBaseModel",
+        "vllm_patches/usage.py adds a field",
+        says=("ConfigDict(extra=",),
+    ),
+    Fact(
         "vllm/v1/engine/llm_engine.py:LLMEngine.add_request",
         "vllm_patches/streaming_input.py refuses sessions before anything is stored",
         says=("isinstance(prompt, EngineCoreRequest)",),
