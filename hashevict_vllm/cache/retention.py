@@ -88,7 +88,8 @@ def read_retention(
     found = {
         "prompt_tokens": request.num_prompt_tokens,
         "tokens": tokens,
-        "budget": policy.budget,
+        # A request may keep all, which is no number that means anything.
+        "budget": min(policy.budget, model.max_model_len),
         "live_slots": live,
         "blocks": held,
     }

@@ -46,10 +46,7 @@ async function connect() {
     `${server.model}: ${effective.name} (${effective.scoring}) keeps ` +
       `${effective.budget} tokens per KV head, of up to ${server.max_model_len}.`,
   );
-  for (const field of budgets) {
-    field.disabled = !server.request_budgets;
-    field.max = effective.budget;
-  }
+  for (const field of budgets) field.disabled = !server.request_budgets;
   show(
     $("note"),
     server.request_budgets ? "" : "This server has one budget for all requests.",
@@ -64,7 +61,9 @@ function questions() {
     prompt: $("prompt").value,
     tokens: Number($("tokens").value),
   };
-  const [budget, other] = budgets.map((field) => Number(field.value) || null);
+  const [budget, other] = budgets.map(({ value }) =>
+    value === "full" ? value : Number(value) || null,
+  );
   return (other ? [budget, other] : [budget]).map((b) => ({ ...common, budget: b }));
 }
 
