@@ -35,8 +35,8 @@ def check_request(vllm_config: Any, request: Any, num_engines: int) -> None:
         return
     from vllm.exceptions import VLLMValidationError
 
-    from hashevict_vllm.compat.rules import block_size_of
     from hashevict_vllm.config import KVPolicyError, policy_of
+    from hashevict_vllm.host import block_size_of
     from hashevict_vllm.request_budget import check_budget
 
     config = policy_of(vllm_config.additional_config)
