@@ -333,9 +333,11 @@ class PaperEngine:
         made = LiveSet(row.policy, row.prompt_len)
         made.read(numbers, row.done)
         found = list(self._slots(row))[: made.used]
-        if name in self.manager._sharing:
-            # It never votes or evicts, and so may share what others have voted on.
-            found = [slot._replace(votes=0) for slot in found]
+        reuse = reuse_of(row.policy, self.block_size, row.prompt_len)
+        if reuse.never_overwrites(row.prompt_len + self.requests[name].max_tokens):
+            # It reads K and V alone, and so shares what others have voted on, or keep
+            # no more.
+            found = [slot._replace(votes=0, marked=False) for slot in found]
         assert found == made.slots[: made.used], f"{name} at {row.done}"
         before = list(made.slots)
         made.read(numbers, end)
