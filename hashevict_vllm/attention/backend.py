@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from hashevict_vllm import host
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
-from hashevict_vllm.compat import device
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -36,7 +36,7 @@ def wrap_backend(
             no kernel there.
 
     """
-    on_cpu = device.on_cpu()
+    on_cpu = host.on_cpu()
     parts = _cpu_parts() if on_cpu else _device_parts(inner, policy)
     impl = type(
         f"Budgeted{inner.get_impl_cls().__name__}",

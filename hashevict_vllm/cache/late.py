@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
-from hashevict_vllm.compat.rules import block_size_of
 from hashevict_vllm.config import policy_of
+from hashevict_vllm.host import block_size_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .. import host
 from ..config import KVPolicyConfig, KVPolicyError
 
 if TYPE_CHECKING:
@@ -15,34 +16,12 @@ if TYPE_CHECKING:
 CPU_BLOCK_UNIT = 32
 """Tokens of one kernel block on CPU (vllm/v1/attention/backends/cpu_attn.py)."""
 
-CPU_DEFAULT_BLOCK_SIZE = 128
-"""Tokens of a block without ``--block-size`` on CPU (vllm/platforms/cpu.py)."""
-
 PLAIN_KV_DTYPES = ("auto", "float16", "bfloat16")
 """Values of ``CacheConfig.cache_dtype`` that store keys and values unquantised."""
 
 FP8_KV_DTYPES = ("fp8", "fp8_e4m3")
 """Those with one scale per layer that the GPU kernels write. vLLM's Triton backend
 takes the bytes of an ``fp8_e5m2`` cache for e4m3 (triton_attn.py)."""
-
-
-def on_cpu() -> bool:
-    """Whether numba's kernels serve this machine; else Triton's do."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
-
-
-def block_size_of(config: VllmConfig) -> int:
-    """Tokens of a KV-cache block, also before vLLM has decided on a CPU's default.
-
-    ``CacheConfig.block_size`` holds another default until then; vLLM 0.33 decides when
-    the model is loaded (``update_block_size_for_backend``), 0.32 while it checks.
-    """
-    cache = config.cache_config
-    if on_cpu() and not cache.user_specified_block_size:
-        return CPU_DEFAULT_BLOCK_SIZE
-    return cache.block_size
 
 
 def platform(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
@@ -76,7 +55,7 @@ def quantised_cache(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
             f"--kv-cache-dtype: {dtype} differs from --dtype {model_dtype}, and a KV "
             "policy stores keys and values as the model computes them; use auto."
         )
-    if on_cpu():
+    if host.on_cpu():
         return (
             f"--kv-cache-dtype: {dtype} is quantised, and on a CPU a KV policy can "
             "rewrite single slots of an unquantised cache only; use bfloat16."
@@ -99,7 +78,7 @@ def inner_backend(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 
     attention = config.attention_config
     chosen = attention.backend_per_kind.get("full_attention", attention.backend)
-    if on_cpu() or chosen is None:
+    if host.on_cpu() or chosen is None:
         return None
     sentence = refuse_backend(chosen.name)
     if sentence is None and chosen.name == xformers_support.CUSTOM:
@@ -109,8 +88,8 @@ def inner_backend(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 
 def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """A padded page cannot be split into kernel blocks (v1/worker/utils.py)."""
-    size = block_size_of(config)
-    if not on_cpu() or size % CPU_BLOCK_UNIT == 0:
+    size = host.block_size_of(config)
+    if not host.on_cpu() or size % CPU_BLOCK_UNIT == 0:
         return None
     return (
         f"--block-size: {size} is not a multiple of {CPU_BLOCK_UNIT}, the unit of "
@@ -120,13 +99,15 @@ def cpu_block_size(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
 
 def device_kernels(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """What the Triton kernels serve, by `attention.gpu.rule.device_rule`."""
-    if on_cpu():
+    if host.on_cpu():
         return None
     from ..attention.gpu.rule import device_rule
 
     try:
         device_rule(
-            policy.resolve(config.model_config.max_model_len, block_size_of(config))
+            policy.resolve(
+                config.model_config.max_model_len, host.block_size_of(config)
+            )
         )
     except KVPolicyError as error:
         return str(error)

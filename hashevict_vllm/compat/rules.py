@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .. import host
 from ..config import KVPolicyConfig, KVPolicyError, policy_of
 from .device import (
-    block_size_of,
     cpu_block_size,
     device_kernels,
     inner_backend,
@@ -351,7 +351,7 @@ def budget_sizes(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """Budget and segment against the block size, by `KVPolicyConfig.resolve`."""
     longest = config.model_config.max_model_len
     try:
-        policy.resolve(longest, block_size_of(config))
+        policy.resolve(longest, host.block_size_of(config))
     except KVPolicyError as error:
         return str(error)
     if isinstance(policy.budget, int) and policy.budget > longest:

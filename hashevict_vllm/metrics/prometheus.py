@@ -21,8 +21,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from hashevict_vllm.compat.rules import block_size_of
 from hashevict_vllm.config import policy_of
+from hashevict_vllm.host import block_size_of
 from hashevict_vllm.metrics.counts import (
     Progress,
     evicted_tokens,

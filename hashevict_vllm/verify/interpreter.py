@@ -45,14 +45,14 @@ def as_on_a_gpu(inner: str = "TRITON_ATTN") -> Iterator[None]:
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from hashevict_vllm.compat import device as compat_device
+    from hashevict_vllm import host
 
     path = AttentionBackendEnum[inner].get_path()
     selected = classmethod(lambda cls, *args, **kwargs: path)
     selector._cached_get_attn_backend.cache_clear()
     with (
         mock.patch.object(CpuPlatform, "get_attn_backend_cls", selected),
-        mock.patch.object(compat_device, "on_cpu", return_value=False),
+        mock.patch.object(host, "on_cpu", return_value=False),
     ):
         yield
     selector._cached_get_attn_backend.cache_clear()

@@ -65,8 +65,8 @@ def budgeted_backend(
         return backend
     from vllm.config import get_current_vllm_config
 
-    from hashevict_vllm.compat.rules import block_size_of
     from hashevict_vllm.config import policy_of
+    from hashevict_vllm.host import block_size_of
 
     vllm_config = get_current_vllm_config()
     config = policy_of(vllm_config.additional_config)

@@ -225,6 +225,16 @@ def test_a_hybrid_model_answers_as_without_prefix_caching(gemma3: Path) -> None:
     assert min(hits[1:]) > 0
 
 
+def test_a_hybrid_model_that_holds_its_prompts_hits_what_stock_hits(
+    gemma3: Path,
+) -> None:
+    with caching_engine(gemma3, None) as llm:
+        stock = chat(llm)[2]
+    with caching_engine(gemma3, HELD) as llm:
+        assert chat(llm)[2] == stock
+    assert min(stock[1:]) > 0
+
+
 def test_a_resumed_request_asks_for_no_more_than_it_holds(llama: Path) -> None:
     """Its output is no prompt: C + S blocks are neither needed nor asked for."""
     policy = {"budget": 128, "segment": 512, "recent": 32}

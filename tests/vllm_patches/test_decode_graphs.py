@@ -9,8 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from hashevict_vllm import plugin
-from hashevict_vllm.compat import device as compat_device
+from hashevict_vllm import host, plugin
 from hashevict_vllm.config import KVPolicyConfig
 
 plugin.register()
@@ -38,7 +37,7 @@ POLICY = KVPolicyConfig.from_dict({"name": "hashevict", "budget": 64}).resolve(5
 
 @pytest.fixture
 def cuda() -> Any:
-    with mock.patch.object(compat_device, "on_cpu", return_value=False):
+    with mock.patch.object(host, "on_cpu", return_value=False):
         yield
     wrap_backend.cache_clear()
 

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hashevict_vllm import plugin
-from hashevict_vllm.compat import device as compat_device
+from hashevict_vllm import host, plugin
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
@@ -133,7 +132,7 @@ def test_microbatches_are_refused(config: Any) -> None:
 
 @pytest.fixture
 def cuda() -> Any:
-    with mock.patch.object(compat_device, "on_cpu", return_value=False):
+    with mock.patch.object(host, "on_cpu", return_value=False):
         yield
     wrap_backend.cache_clear()
 

@@ -16,8 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hashevict_vllm import plugin
-from hashevict_vllm.compat import device as compat_device
+from hashevict_vllm import host, plugin
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
@@ -121,7 +120,7 @@ def test_an_extension_that_does_not_load_is_a_reason() -> None:
 
 @pytest.fixture
 def wrapped() -> Any:
-    with mock.patch.object(compat_device, "on_cpu", return_value=False):
+    with mock.patch.object(host, "on_cpu", return_value=False):
         yield wrap_backend(XformersBackend, POLICY)
     wrap_backend.cache_clear()
 

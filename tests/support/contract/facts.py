@@ -360,13 +360,13 @@ CONFIG = (
     ),
     Fact(
         "vllm/platforms/cpu.py:CpuPlatform.check_and_update_config",
-        "compat.device.block_size_of foresees this default",
+        "host.block_size_of foresees this default",
         says=("not cache_config.user_specified_block_size", "block_size = 128"),
         only="0.32",
     ),
     Fact(
         "vllm/platforms/cpu.py:CpuPlatform.update_block_size_for_backend",
-        "compat.device.block_size_of foresees this default",
+        "host.block_size_of foresees this default",
         says=(
             "not cache_config.user_specified_block_size",
             "cls._preferred_block_size_for_backends(backend_classes, 128, vllm_config)",
