@@ -25,6 +25,7 @@ from hashevict_vllm.kernels.cpu.slots import (
     FP16_REBIAS,
     elements_of,
     load_key,
+    prefetch_rows,
     row_size,
     tail_of,
     word_of,
@@ -40,6 +41,9 @@ tokens is described at once. What is left is described by the ballot that reads 
 (`describe_missing`), as are tokens that overwrite a slot. The frame is made once for
 all of them, and requests that end below their budget pay next to nothing.
 """
+
+TAILS_AHEAD = 8
+"""Blocks whose tails are asked for ahead of the search for what is not described."""
 
 _FAST = {"contract", "reassoc", "nsz"}
 
@@ -240,9 +244,16 @@ def describe_slots(pages, rule, blocks, first, end, head, frame, scratch):
 
 @njit
 def describe_missing(pages, rule, blocks, num_slots, head, frame, scratch):
-    """Describe those of the first ``num_slots`` slots that nobody has described."""
+    """Describe those of the first ``num_slots`` slots that nobody has described.
+
+    It is the first to look at a page's tail, of which the ballot will read all.
+    """
     block_size, row = pages.block_size, (pages.words - 2) * row_size(pages)
+    ahead, rows = TAILS_AHEAD * block_size, pages.words + 1
+    prefetch_rows(pages, blocks, 0, min(num_slots, ahead), head, 0, rows)
     for first in range(0, num_slots, block_size):
+        end = min(num_slots, first + ahead + block_size)
+        prefetch_rows(pages, blocks, first + ahead, end, head, 0, rows)
         at = tail_of(pages, blocks, first, head) + row
         packed = pages.tail[at : at + min(block_size, num_slots - first)]
         missing = np.int32(0)
