@@ -29,18 +29,6 @@ def pace(
     return every, 0.85 ** (every / 8) if decay is None else decay
 
 
-def pace(
-    budget: int, vote_every: int | None = None, decay: float | None = None
-) -> tuple[int, float]:
-    """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
-
-    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot.
-    Votes fade by 0.85 in 8 tokens, however many of those vote.
-    """
-    every = vote_every or min(8, max(1, budget // 128))
-    return every, 0.85 ** (every / 8) if decay is None else decay
-
-
 @dataclass(frozen=True)
 class ResolvedKVPolicy:
     """A policy in plain numbers, as the cache, the planner and the kernels use it.
