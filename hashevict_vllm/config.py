@@ -22,6 +22,7 @@ from hashevict_vllm.values import (
     as_share,
     as_tokens,
     fail,
+    percent_of,
     tokens_of,
 )
 
@@ -145,6 +146,10 @@ class KVPolicyConfig:
             one of ``budget / 128``, at most 8.
         decay: With ``vote``: factor on earlier votes at every vote in decode; by
             default 0.85 per 8 tokens.
+        allow_full: Let a request with ``kv_budget`` ``"full"`` keep all of its tokens,
+            as in stock vLLM.
+        inspect: Let whoever may send requests read, over HTTP, which tokens a live
+            request keeps, and serve the page that shows it (docs/inspect.md).
 
     """
 
@@ -163,6 +168,8 @@ class KVPolicyConfig:
     pool: int = 15
     vote_every: int | None = None
     decay: float | None = None
+    allow_full: bool = False
+    inspect: bool = False
 
     @property
     def enabled(self) -> bool:
@@ -262,10 +269,9 @@ class KVPolicyConfig:
                     f"expected tokens or {SEGMENT_PROMPT!r}, got {segment!r}.",
                 )
             segment = as_int(flag("segment"), segment, 1, MAX_TOKENS)
-        if not isinstance(self.orthogonal, bool):
-            raise fail(
-                flag("orthogonal"), f"expected true or false, got {self.orthogonal!r}."
-            )
+        for key in ("orthogonal", "allow_full", "inspect"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise fail(flag(key), f"expected true or false, got {value!r}.")
         scoring = self.scoring or SCORINGS[self.name][0]
         return dataclasses.replace(
             self,
@@ -351,6 +357,8 @@ class KVPolicyConfig:
             pool=self.pool,
             vote_every=vote_every,
             decay=decay,
+            recent_percent=percent_of(self.recent),
+            allow_full=self.allow_full,
         )
 
 

@@ -29,6 +29,8 @@ from hashevict_vllm.metrics.counts import (
     kept_ratio,
     live_slots,
 )
+from hashevict_vllm.request_budget import asked_budget
+from hashevict_vllm.shared import CAPACITY, EVICTION_SECONDS
 
 PREFIX = "hashevict:"
 LABELS = ("model_name", "engine")
@@ -57,6 +59,11 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
         "Requests that have grown beyond their budget and so evict.",
         (),
     ),
+    "eviction_seconds": (
+        Counter,
+        "Seconds in which layers wrote tokens, chose victims and reduced prompts.",
+        (),
+    ),
     "replays": (
         Counter,
         "Preempted requests that had generated tokens, which are evicted again.",
@@ -78,6 +85,11 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
         "Blocks per group that they would hold besides without a budget.",
         (),
     ),
+    "capacity_requests": (
+        Gauge,
+        "Requests of any length that the KV pool serves at once.",
+        (),
+    ),
     "request_kept_ratio": (
         Histogram,
         "Share of a finished request's tokens that its cache still held.",
@@ -85,6 +97,9 @@ METRICS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
     ),
 }
 """Name without prefix: kind, meaning, labels besides `LABELS`."""
+
+SHARED = ("eviction_seconds", "capacity_requests")
+"""Those of `hashevict_vllm.shared`: there where a process of the machine writes."""
 
 
 class KVPolicyStatLogger(AggregateStatLoggerBase):
@@ -106,9 +121,15 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._policy = config.resolve(
             vllm_config.model_config.max_model_len, self._block_size
         )
-        self._tokens: dict[int, dict[str, int]] = {i: {} for i in self._engines}
+        # By engine and request: budget, and tokens written.
+        self._tokens: dict[int, dict[str, tuple[int, int]]] = {
+            i: {} for i in self._engines
+        }
         self._alive: dict[int, Iterable[str]] = {}
         self._renewed = dict.fromkeys(self._engines, 0.0)
+        self._seconds = dict.fromkeys(self._engines, 0.0)
+        # All of several API servers could read the same numbers: one of them does.
+        self._reads_shared = vllm_config.parallel_config._api_process_rank <= 0
         self._metrics = _make_metrics()
         policy = self._policy
         for engine in self._engines:
@@ -119,7 +140,7 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             for phase in ("prompt", "output"):
                 self._metric("evicted_tokens", engine, phase)
             for name, (_, _, labels) in METRICS.items():
-                if not labels:
+                if not labels and name not in SHARED:
                     self._metric(name, engine)
 
     def record(
@@ -139,14 +160,17 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             ratio = self._metric("request_kept_ratio", engine_idx)
             for done in iteration_stats.finished_requests:
                 tokens = done.num_prompt_tokens + done.num_generation_tokens - 1
-                ratio.observe(kept_ratio(self._policy, tokens))
+                budget = self._budget(asked_budget(getattr(done, "extra_args", None)))
+                ratio.observe(kept_ratio(budget, tokens))
         self._renew_gauges(engine_idx)
 
     def log_engine_initialized(self) -> None:
-        """Nothing: `info` is set when the logger is made."""
+        """Show what is known before the first request; `info` is there already."""
+        for engine in self._engines:
+            self._renew_shared(engine)
 
     def _count(self, progress: Progress, engine: int) -> None:
-        budget = self._policy.budget
+        budget = self._budget(progress.budget)
         now = evicted_tokens(budget, progress.prompt_len, progress.after)
         earlier = evicted_tokens(budget, progress.prompt_len, progress.before)
         for phase, more in zip(
@@ -164,7 +188,11 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             self._metric("replayed_tokens", engine).inc(
                 progress.preemptions * generated
             )
-        self._tokens[engine][progress.request_id] = progress.after
+        self._tokens[engine][progress.request_id] = budget, progress.after
+
+    def _budget(self, asked: int | None) -> int:
+        """C of a request that asks for it, or for none."""
+        return self._policy.budget if asked is None else asked
 
     def _renew_gauges(self, engine: int) -> None:
         alive, tokens = self._alive.get(engine, ()), self._tokens[engine]
@@ -174,12 +202,25 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._renewed[engine] = now
         for gone in [request for request in tokens if request not in alive]:
             del tokens[gone]
-        live = [live_slots(self._policy, n) for n in tokens.values()]
+        live = [live_slots(*counts) for counts in tokens.values()]
         held = sum(cdiv(slots, self._block_size) for slots in live)
-        stock = sum(cdiv(n, self._block_size) for n in tokens.values())
+        stock = sum(cdiv(n, self._block_size) for _, n in tokens.values())
         self._metric("live_slots", engine).set(sum(live))
         self._metric("blocks_held", engine).set(held)
         self._metric("blocks_saved", engine).set(stock - held)
+        self._renew_shared(engine)
+
+    def _renew_shared(self, engine: int) -> None:
+        """Show what the engine's processes have written since the last time."""
+        if not self._reads_shared:
+            return
+        if (requests := CAPACITY.read(engine)) is not None:
+            self._metric("capacity_requests", engine).set(requests)
+        seconds = EVICTION_SECONDS.read(engine)
+        if seconds is not None:
+            more = max(seconds - self._seconds[engine], 0.0)
+            self._metric("eviction_seconds", engine).inc(more)
+            self._seconds[engine] = seconds
 
     def _metric(self, name: str, engine: int, *labels: str) -> Any:
         return self._metrics[name].labels(self._model, str(engine), *labels)

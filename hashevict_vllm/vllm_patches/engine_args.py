@@ -19,7 +19,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .. import cli
+from .. import cli, shared
 from ..compat import rules
 from ..config import ADDITIONAL_CONFIG_KEY, KVPolicyError
 
@@ -49,9 +49,10 @@ class PolicyExtension:
             cli.forget_kv_policy_args(args)
 
     def before_engine_config(self, engine_args: EngineArgs) -> None:
-        """Change the defaults that a policy cannot live with."""
+        """Change the defaults that a policy cannot live with; prepare for workers."""
         if rules.policy_of(engine_args.additional_config).enabled:
             rules.default_prefix_caching_off(engine_args)
+            shared.share()
 
     def check_engine_config(self, vllm_config: VllmConfig) -> None:
         """Refuse what the policy cannot serve."""

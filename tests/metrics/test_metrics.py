@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from support.models import random_prompt
 
 from hashevict_vllm.metrics.counts import Progress, evicted_tokens
 from hashevict_vllm.metrics.prometheus import METRICS, PREFIX
+from hashevict_vllm.shared import EVICTION_SECONDS
 
 BUDGET = 160
 POLICY = {"budget": BUDGET, "segment": 64}
 LENGTHS = (20, BUDGET, 333, 700)
+OWN = (None, 100, None, None)
+"""Budgets that the requests ask for."""
+
+KEPT = (BUDGET, 100, BUDGET, BUDGET)
 TOKENS = 50
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -37,26 +43,37 @@ def value(name: str, **labels: str) -> float:
 @pytest.fixture(scope="module")
 def served(llama: Path) -> Iterator[Any]:
     with engine(llama, POLICY, max_num_seqs=4, disable_log_stats=False) as llm:
-        greedy(llm, [random_prompt(length) for length in LENGTHS], TOKENS)
+        greedy(llm, [random_prompt(length) for length in LENGTHS], TOKENS, OWN)
         yield llm
 
 
 def test_evictions_are_counted_by_phase(served: Any) -> None:
     # The newest token of an answer has not been written yet.
     written = [length + TOKENS - 1 for length in LENGTHS]
-    in_prompt = [max(length - BUDGET, 0) for length in LENGTHS]
-    lost = [max(tokens - BUDGET, 0) for tokens in written]
+    in_prompt = [max(n - kept, 0) for n, kept in zip(LENGTHS, KEPT, strict=True)]
+    lost = [max(n - kept, 0) for n, kept in zip(written, KEPT, strict=True)]
     assert value("written_tokens_total") == sum(written)
     assert value("evicted_tokens_total", phase="prompt") == sum(in_prompt)
     assert value("evicted_tokens_total", phase="output") == sum(lost) - sum(in_prompt)
     assert value("requests_over_budget_total") == 3
 
 
+def test_seconds_of_eviction_are_those_of_the_worker(served: Any) -> None:
+    counted = EVICTION_SECONDS.read(0)
+    assert counted is not None
+    assert 0 < value("eviction_seconds_total") == counted < time.process_time()
+
+
+def test_the_capacity_is_that_of_the_pool(served: Any) -> None:
+    pool = scheduler_of(served).kv_cache_manager.block_pool
+    assert value("capacity_requests") == (pool.num_gpu_blocks - 1) / (BUDGET // 32)
+
+
 def test_the_kept_ratio_of_every_finished_request_is_observed(served: Any) -> None:
     written = [length + TOKENS - 1 for length in LENGTHS]
     assert value("request_kept_ratio_count") == len(LENGTHS)
     assert value("request_kept_ratio_sum") == pytest.approx(
-        sum(min(1, BUDGET / tokens) for tokens in written)
+        sum(min(1, kept / n) for n, kept in zip(written, KEPT, strict=True))
     )
     assert value("request_kept_ratio_bucket", le="0.999") == 3
 

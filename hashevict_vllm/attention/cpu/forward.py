@@ -5,6 +5,8 @@ The inner implementation's own cache-update op tells where elements of a page li
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import torch
 from vllm.v1.attention.backend import AttentionLayer
 
@@ -13,6 +15,7 @@ from hashevict_vllm.cache.page import LayerPages
 from hashevict_vllm.kernels.cpu import launch
 from hashevict_vllm.kernels.cpu.tokens import addresses, with_whole_rows
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.shared import EVICTION_SECONDS
 
 
 class BudgetedImplMixin(BudgetedImpl):
@@ -38,6 +41,7 @@ class BudgetedImplMixin(BudgetedImpl):
             constants.openmp,
         )
         for part in step.metadata.rounds:
+            begin = perf_counter()
             launch.write_tokens(
                 pages.elements,
                 pages.tail,
@@ -46,19 +50,22 @@ class BudgetedImplMixin(BudgetedImpl):
                 part.positions,
                 part.slots,
                 part.evict,
+                part.recent,
                 part.requests,
                 *common,
             )
+            EVICTION_SECONDS.add(perf_counter() - begin)
             self.attend(step, part.rows, part.inner)
             if len(part.replay):
+                begin = perf_counter()
                 launch.replay_segments(
                     pages.elements,
                     pages.tail,
                     places,
                     part.replay,
                     *common,
-                    constants.budget,
                 )
+                EVICTION_SECONDS.add(perf_counter() - begin)
 
     def view_pages(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> LayerPages:
         """Raw views of the layer's pages."""

@@ -1,0 +1,93 @@
+"""How many tokens the answers of one HTTP request have evicted, for its ``usage``.
+
+One call of the API may be several requests of the engine (prompts, ``n``), read by
+tasks of their own. They share a `Tally`, which the task of the call has in its context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from hashevict_vllm.config import policy_of
+from hashevict_vllm.host import block_size_of
+from hashevict_vllm.metrics.counts import evicted_tokens
+
+FIELD = "evicted_tokens"
+"""Of ``usage`` in a response."""
+
+
+class Tally:
+    """Tokens evicted so far."""
+
+    def __init__(self) -> None:
+        self.evicted = 0
+
+
+_TALLY: ContextVar[Tally] = ContextVar("hashevict_tally")
+
+
+def usage_fields() -> dict[str, int]:
+    """What ``usage`` says besides, in the context of a call; else nothing."""
+    tally = _TALLY.get(None)
+    return {} if tally is None else {FIELD: tally.evicted}
+
+
+def counted(
+    engine: Any, sampling_params: Any, outputs: AsyncGenerator[Any, None]
+) -> AsyncGenerator[Any, None]:
+    """The outputs of ``AsyncLLM.generate``, counted for the call whose task asks.
+
+    Args:
+        engine: The `AsyncLLM`.
+        sampling_params: Of the request.
+        outputs: What ``generate`` returned, `RequestOutput` by `RequestOutput`.
+
+    """
+    budget = _budget_of(engine)
+    if budget is None:
+        return outputs
+    tally = _TALLY.get(None)
+    if tally is None:
+        _TALLY.set(tally := Tally())
+    return _count(outputs, tally, budget, sampling_params.output_kind)
+
+
+def _budget_of(engine: Any) -> int | None:
+    """The budget of requests, or None where no policy is on."""
+    if not hasattr(engine, "hashevict_budget"):
+        config = engine.vllm_config
+        policy = policy_of(config.additional_config)
+        engine.hashevict_budget = (
+            policy.resolve(
+                config.model_config.max_model_len, block_size_of(config)
+            ).budget
+            if policy.enabled
+            else None
+        )
+    return engine.hashevict_budget
+
+
+async def _count(
+    outputs: AsyncGenerator[Any, None], tally: Tally, budget: int, kind: Any
+) -> AsyncGenerator[Any, None]:
+    from vllm.sampling_params import RequestOutputKind
+
+    generated: dict[int, int] = {}
+    evicted: dict[int, int] = {}
+    prompt_len = 0
+    async with aclosing(outputs):
+        async for output in outputs:
+            prompt_len = len(output.prompt_token_ids or ()) or prompt_len
+            for choice in output.outputs:
+                earlier = generated.get(choice.index, 0)
+                if kind != RequestOutputKind.DELTA:
+                    earlier = 0
+                number = generated[choice.index] = earlier + len(choice.token_ids)
+                # The newest token has not been written yet.
+                now = sum(evicted_tokens(budget, prompt_len, prompt_len + number - 1))
+                tally.evicted += now - evicted.get(choice.index, 0)
+                evicted[choice.index] = now
+            yield output

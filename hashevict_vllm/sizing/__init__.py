@@ -1,0 +1,1 @@
+"""``hashevict-vllm plan``: what a budget buys on a machine, before one is rented."""
