@@ -37,7 +37,7 @@ RARELY = {"vote_every": 8}
 INSTANT = {"scoring": "instant", "segment": 64}
 
 CASES = (
-    Case("default", {"budget": 201}),
+    Case("default", {"budget": 201}, lengths=(20, 333)),
     Case("budget a multiple of the block", {**RARELY, "budget": 192}, 64),
     Case("large blocks", {**RARELY, "budget": 201}, 128),
     Case("segments", {**RARELY, "budget": 201, "segment": 64}),
@@ -91,7 +91,7 @@ CASES = (
 )
 
 SEEDS: dict[str, tuple[int, ...]] = {
-    "default": (0, 5, 1, 0),
+    "default": (0, 1),
     "budget a multiple of the block": (0, 0, 5, 6),
     "large blocks": (0, 1, 3, 0),
     "segments": (0, 1, 1, 5),
