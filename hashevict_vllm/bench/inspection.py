@@ -165,6 +165,9 @@ class Clients:
                     raise
                 self._count(early=1)
                 pause = float(error.headers["Retry-After"])
+            except OSError:
+                if not self._over.is_set():
+                    raise
             time.sleep(pause)
 
     def _count(self, answers: int = 0, early: int = 0) -> None:

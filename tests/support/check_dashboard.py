@@ -144,8 +144,9 @@ def check(url: str, seconds: float, folder: Path) -> bool:
             shown = ", ".join(" ".join(f"{n:.4g}" for n in part) for part in numbers)
             print(f"{title}: {shown}")
             empty += [title for part in numbers if not part]
-    for rule in alerts():
-        print(f"alert {rule['alert']}: {fired.get(rule['alert'], 'silent')}")
+        for rule in alerts():
+            name = rule["alert"]
+            print(f"alert {name}: {fired.get(name, 'silent')}", flush=True)
     for title in empty:
         print(f"EMPTY: {title}", file=sys.stderr)
     return not empty

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,10 +151,7 @@ async def _stream(client: httpx.AsyncClient, answer: Answer) -> None:
         if response.status_code != 200:
             answer.error = f"status {response.status_code}"
             return
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line.removeprefix("data: "))
+        async for event in _events(response):
             if "error" in event:
                 answer.error = f"in the stream: {event['error']}"
                 return
@@ -164,6 +161,16 @@ async def _stream(client: httpx.AsyncClient, answer: Answer) -> None:
             chunks += 1
             if request.fate == "disconnect" and chunks >= request.chunks:
                 return
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """Events of a stream; httpx's own lines end at any line break of Unicode."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *whole, rest = (rest + part).split(b"\n\n")
+        for text in whole:
+            if text != b"data: [DONE]":
+                yield json.loads(text.removeprefix(b"data: "))
 
 
 async def send_all(

@@ -115,6 +115,12 @@ def test_a_period_of_steps_is_told_by_its_slowest() -> None:
         Steps.of([1.0] * 3, every=4)
 
 
+def test_steps_on_a_gpu_are_whole_periods_of_ballots() -> None:
+    for budget in ON_GPU.budgets:
+        assert ON_GPU.every(budget) == 8
+        assert ON_GPU.steps % ON_GPU.every(budget) == 0
+
+
 def test_what_does_not_fit_or_breaks_has_a_line_that_says_so() -> None:
     # Parameters of Llama-3.1-8B, less those of its norms.
     assert ON_GPU.weight_bytes == 2 * (8_030_261_248 - 65 * 4096)

@@ -127,7 +127,7 @@ class Bench:
             self.engine.step()
         seconds = [self._timed(self.engine.step) for _ in range(sizes.steps)]
         self._abort(names)
-        return Steps.of(seconds, sizes.every)
+        return Steps.of(seconds, sizes.every(slots))
 
     def read_prompts(self, beside: int) -> float:
         """Median seconds until a prompt is read, while so many requests decode.

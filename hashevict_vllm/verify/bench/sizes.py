@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hashevict_vllm.config import KVPolicyConfig
+from hashevict_vllm.resolved import pace
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -74,10 +74,9 @@ class Sizes:
         """Processes of the bench, by what they time."""
         return [LAUNCHES, STOCK, *map(str, self.budgets)]
 
-    @property
-    def every(self) -> int:
-        """One token of so many votes."""
-        return int(self.policy.get("vote_every", KVPolicyConfig.vote_every))
+    def every(self, budget: int) -> int:
+        """One token of so many votes, at a budget."""
+        return pace(budget, self.policy.get("vote_every"))[0]
 
     @property
     def chunk(self) -> int:
