@@ -60,10 +60,10 @@ def ask(tokens: int, **options: Any) -> dict[str, Any]:
     return {**body, "ignore_eos": True, "temperature": 0, **options}
 
 
-def test_clients_get_an_error_and_no_hang_when_the_engine_is_killed(
+def test_clients_get_an_error_and_no_hang_when_the_worker_is_killed(
     server: Server,
 ) -> None:
-    (engine,) = [p for p in processes(server.url) if "EngineCore" in p.name()]
+    (worker,) = [p for p in processes(server.url) if "Worker" in p.name()]
     start, lines = time.monotonic(), []
     with httpx.stream(
         "POST",
@@ -75,7 +75,7 @@ def test_clients_get_an_error_and_no_hang_when_the_engine_is_killed(
             for line in stream.iter_lines():
                 lines.append(line)
                 if len(lines) == 8:
-                    engine.send_signal(signal.SIGKILL)
+                    worker.send_signal(signal.SIGKILL)
         except httpx.RemoteProtocolError:
             lines.append("error: the connection was closed")
     assert any("error" in line for line in lines[8:])
@@ -91,4 +91,4 @@ def test_clients_get_an_error_and_no_hang_when_the_engine_is_killed(
             return
         assert answer.status_code >= 500
         time.sleep(0.2)
-    pytest.fail("the server goes on without an engine")
+    pytest.fail("the server goes on without a worker")

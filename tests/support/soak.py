@@ -66,9 +66,9 @@ def processes(url: str) -> list[psutil.Process]:
     return [server, *server.children(recursive=True)]
 
 
-def memory(url: str) -> int:
-    """Bytes that belong to the server's processes alone (USS)."""
-    return sum(process.memory_full_info().uss for process in processes(url))
+def memory(url: str) -> dict[str, int]:
+    """Bytes that belong to each of the server's processes alone (USS)."""
+    return {p.name(): p.memory_full_info().uss for p in processes(url)}
 
 
 def alone(url: str, answers: list[Answer], count: int, seed: int) -> list[str]:
@@ -104,7 +104,8 @@ def soak(
         What was wrong, one sentence each.
 
     """
-    wrong, answers, sizes, start = [], [], [], time.monotonic()
+    wrong, answers, start = [], [], time.monotonic()
+    sizes: list[int] = []
     for first in range(0, requests, piece):
         numbers = range(first, min(first + piece, requests))
         drawn = [load.request(number) for number in numbers]
@@ -112,10 +113,12 @@ def soak(
         answers += found
         wrong += [f"request {a.request.number}: {a.error}" for a in found if a.error]
         wrong += wait_until_idle(url)
-        sizes.append(memory(url))
+        found_bytes = memory(url)
+        sizes.append(sum(found_bytes.values()))
+        parts = (f"{name} {size >> 20}" for name, size in found_bytes.items())
         print(
             f"{len(answers)} requests, {time.monotonic() - start:.0f} s, "
-            f"{sizes[-1] / 2**20:.1f} MiB",
+            f"{sizes[-1] / 2**20:.1f} MiB ({', '.join(parts)})",
             flush=True,
         )
     fates = Counter(answer.request.fate for answer in answers)
