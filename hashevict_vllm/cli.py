@@ -19,7 +19,9 @@ GROUP_TITLE = "KVPolicyConfig"
 """Heading in ``--help`` and search word of ``vllm serve --help=KVPolicyConfig``."""
 
 OFF = POLICY_NAMES[0]
-_OWN_FLAG = ("name", "budget")
+OWN_FLAG = ("name", "budget")
+"""Keys that are no keys of ``--kv-policy-config``."""
+
 _DESTS = ("kv_policy", "kv_budget", "kv_policy_config")
 
 
@@ -80,7 +82,7 @@ def kv_policy_from_namespace(args: argparse.Namespace) -> dict[str, Any] | None:
     name = getattr(args, "kv_policy", None)
     budget = getattr(args, "kv_budget", None)
     options = dict(getattr(args, "kv_policy_config", None) or {})
-    for key in _OWN_FLAG:
+    for key in OWN_FLAG:
         if key in options:
             raise KVPolicyError(
                 f"--kv-policy-config: {key!r} has its own flag, {option_flag(key)}."
@@ -154,16 +156,16 @@ def _options_help() -> str:
         "Further options as JSON, or one by one: --kv-policy-config.hash_bits 64. "
         "If given more than once, later keys win. Keys:\n"
     ]
-    meanings = _attribute_docs()
+    meanings = attribute_docs()
     for field in dataclasses.fields(KVPolicyConfig):
-        if field.name not in _OWN_FLAG:
+        if field.name not in OWN_FLAG:
             default = json.dumps(field.default)
             meaning = meanings.get(field.name, "")
             lines.append(f"- {field.name}: {meaning} (default: {default})")
     return "\n".join(lines).replace("%", "%%")
 
 
-def _attribute_docs() -> dict[str, str]:
+def attribute_docs() -> dict[str, str]:
     """Meaning of each key, from the ``Attributes`` of `KVPolicyConfig`'s docstring."""
     _, _, section = (inspect.getdoc(KVPolicyConfig) or "").partition("Attributes:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)

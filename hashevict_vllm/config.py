@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.resolved import ResolvedKVPolicy, pace
 from hashevict_vllm.values import (
     KVPolicyError,
     as_int,
     as_share,
     as_tokens,
     fail,
+    percent_of,
     tokens_of,
 )
 
@@ -141,8 +142,14 @@ class KVPolicyConfig:
         window: With ``vote``: last queries of a prompt segment that vote.
         pool: With ``vote``: a slot's votes count for this many positions, itself and
             those that follow it (and one before), when a segment is reduced.
-        vote_every: With ``vote``: in decode, one token of so many votes.
-        decay: With ``vote``: factor on earlier votes at every vote in decode.
+        vote_every: With ``vote``: in decode, one token of so many votes; by default
+            one of ``budget / 128``, at most 8.
+        decay: With ``vote``: factor on earlier votes at every vote in decode; by
+            default 0.85 per 8 tokens.
+        allow_full: Let a request with ``kv_budget`` ``"full"`` keep all of its tokens,
+            as in stock vLLM.
+        inspect: Let whoever may send requests read, over HTTP, which tokens a live
+            request keeps, and serve the page that shows it (docs/inspect.md).
 
     """
 
@@ -159,8 +166,10 @@ class KVPolicyConfig:
     seed: int = 0
     window: int = 16
     pool: int = 15
-    vote_every: int = 8
-    decay: float = 0.85
+    vote_every: int | None = None
+    decay: float | None = None
+    allow_full: bool = False
+    inspect: bool = False
 
     @property
     def enabled(self) -> bool:
@@ -260,10 +269,9 @@ class KVPolicyConfig:
                     f"expected tokens or {SEGMENT_PROMPT!r}, got {segment!r}.",
                 )
             segment = as_int(flag("segment"), segment, 1, MAX_TOKENS)
-        if not isinstance(self.orthogonal, bool):
-            raise fail(
-                flag("orthogonal"), f"expected true or false, got {self.orthogonal!r}."
-            )
+        for key in ("orthogonal", "allow_full", "inspect"):
+            if not isinstance(value := getattr(self, key), bool):
+                raise fail(flag(key), f"expected true or false, got {value!r}.")
         scoring = self.scoring or SCORINGS[self.name][0]
         return dataclasses.replace(
             self,
@@ -276,8 +284,10 @@ class KVPolicyConfig:
             seed=as_int(flag("seed"), self.seed, 0, MAX_SEED),
             window=as_int(flag("window"), self.window, 1, MAX_VOTES),
             pool=as_int(flag("pool"), self.pool, 1, MAX_VOTES),
-            vote_every=as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
-            decay=as_share(flag("decay"), self.decay),
+            vote_every=None
+            if self.vote_every is None
+            else as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
+            decay=None if self.decay is None else as_share(flag("decay"), self.decay),
         )
 
     def sizes(self, max_model_len: int, block_size: int) -> dict[str, int]:
@@ -319,10 +329,13 @@ class KVPolicyConfig:
                 f"({self.sinks} + {recent} + {block_size} = {floor}); use more"
                 + (", or smaller blocks: --block-size 32." if block_size > 32 else "."),
             )
-        if self.scoring == "vote" and recent < self.vote_every:
+        vote_every, decay = pace(
+            min(budget, max_model_len), self.vote_every, self.decay
+        )
+        if self.scoring == "vote" and recent < vote_every:
             raise fail(
                 option_flag("recent"),
-                f"{recent} tokens is less than vote_every ({self.vote_every}), so that "
+                f"{recent} tokens is less than vote_every ({vote_every}), so that "
                 "a token could be evicted before any query has voted on it.",
             )
         if self.segment not in (1, SEGMENT_PROMPT) and int(self.segment) % block_size:
@@ -342,8 +355,10 @@ class KVPolicyConfig:
             seed=self.seed,
             window=self.window,
             pool=self.pool,
-            vote_every=self.vote_every,
-            decay=self.decay,
+            vote_every=vote_every,
+            decay=decay,
+            recent_percent=percent_of(self.recent),
+            allow_full=self.allow_full,
         )
 
 

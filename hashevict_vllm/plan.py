@@ -23,7 +23,13 @@ would have one for every token."""
 
 
 def most_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
-    """Most slots that any request ever has: a full budget, and a segment behind it."""
+    """Most slots that any request ever has, which may be all of its tokens."""
+    reduced = most_reduced_slots(policy, max_model_len)
+    return max(reduced, max_model_len) if policy.allow_full else reduced
+
+
+def most_reduced_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
+    """Most slots that are ever reduced: a full budget, and a segment behind it."""
     segment = policy.segment if policy.segment > 1 else 0
     return min(policy.budget + segment, max(max_model_len, policy.budget))
 
@@ -39,6 +45,8 @@ class Piece:
         row: Index of the first token in the step's q, k, v.
         slot: Slot of the first token: live slots (and open scratch) lie below it. For
             an evicting piece it equals C, and the token takes its victim's slot.
+        budget: C of its request.
+        recent: The most recent tokens that its request never evicts.
         evict: The decode rule: one token, evict before attention.
         first_voter: The piece's first token whose queries vote; ``count`` if none does.
         ballots: In decode, distance of voting tokens; 0 while a segment is read, where
@@ -52,6 +60,8 @@ class Piece:
     count: int
     row: int
     slot: int
+    budget: int
+    recent: int
     evict: bool = False
     compact: bool = False
     first_voter: int = 0
@@ -83,7 +93,7 @@ def cut_chunk(
     """Cut the chunk of positions [start, end) of one request into pieces.
 
     Args:
-        policy: The resolved policy.
+        policy: The resolved policy, with the request's budget.
         request: Row of the request in the batch.
         row: Index of the chunk's first token in the step's q, k, v.
         start: Tokens computed before the step.
@@ -118,6 +128,8 @@ def cut_chunk(
             count=stop - position,
             row=row + position - start,
             slot=slot,
+            budget=budget,
+            recent=policy.recent,
             evict=evict,
             compact=compact,
             first_voter=voters[0] - position if voters else stop - position,

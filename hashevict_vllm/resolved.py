@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 VOTE_HORIZON = 256
 """Steps before the cache is full from which on votes are kept."""
+
+UNBOUNDED = 2**30
+"""The budget of a request that keeps all: beyond any length, and int32 with a segment.
+"""
+
+
+def share_of(whole: int, percent: float) -> int:
+    """A percentage of so many tokens, rounded down."""
+    return int(whole * percent / 100)
+
+
+def pace(
+    budget: int, vote_every: int | None = None, decay: float | None = None
+) -> tuple[int, float]:
+    """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
+
+    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot.
+    Votes fade by 0.85 in 8 tokens, however many of those vote.
+    """
+    every = vote_every or min(8, max(1, budget // 128))
+    return every, 0.85 ** (every / 8) if decay is None else decay
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,8 @@ class ResolvedKVPolicy:
         pool: Positions over which votes are max-pooled.
         vote_every: In decode, one token of so many votes.
         decay: Factor on earlier votes at every vote in decode.
+        recent_percent: ``recent`` as a share of the budget; None for tokens.
+        allow_full: Whether a request may ask for `UNBOUNDED`.
 
     """
 
@@ -44,6 +67,15 @@ class ResolvedKVPolicy:
     pool: int
     vote_every: int
     decay: float
+    recent_percent: float | None = None
+    allow_full: bool = False
+
+    def with_budget(self, budget: int) -> ResolvedKVPolicy:
+        """The same for a request with another budget; its ballots keep this pace."""
+        recent = self.recent
+        if self.recent_percent is not None:
+            recent = share_of(budget, self.recent_percent)
+        return replace(self, budget=budget, recent=recent)
 
     @property
     def votes(self) -> bool:

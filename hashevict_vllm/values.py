@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hashevict_vllm.resolved import share_of
+
 
 class KVPolicyError(ValueError):
     """A setting that cannot be served; the message is one sentence for the user."""
@@ -65,6 +67,11 @@ def as_share(flag: str, value: Any) -> float:
     return share
 
 
+def percent_of(value: int | str) -> float | None:
+    """The share that `as_tokens` read; None where it read tokens."""
+    return float(value[:-1]) if isinstance(value, str) else None
+
+
 def tokens_of(value: int | str, whole: int) -> int:
     """What `as_tokens` read, in tokens."""
-    return int(whole * float(value[:-1]) / 100) if isinstance(value, str) else value
+    return share_of(whole, float(value[:-1])) if isinstance(value, str) else value

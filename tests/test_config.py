@@ -1,6 +1,7 @@
 """Defaults, presets, validation and resolution of `KVPolicyConfig`."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,25 @@ def test_a_token_must_stay_until_a_query_has_voted_on_it():
     assert policy(recent=8, vote_every=8).resolve(8192, 128).recent == 8
     with pytest.raises(KVPolicyError, match="recent: 7 tokens is less than vote_every"):
         policy(recent=7, vote_every=8).resolve(8192, 128)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "every", "decay"),
+    [
+        (4096, {}, 8, 0.85),
+        (1024, {}, 8, 0.85),
+        (512, {}, 4, 0.922),
+        (100, {}, 1, 0.980),
+        (100, {"vote_every": 8}, 8, 0.85),
+        (4096, {"decay": 0.5}, 8, 0.5),
+    ],
+)
+def test_small_budgets_vote_more_often_and_forget_as_fast(
+    budget: int, options: dict[str, Any], every: int, decay: float
+) -> None:
+    resolved = policy(budget=budget, **options).resolve(8192, 32)
+    assert resolved.vote_every == every
+    assert resolved.decay == pytest.approx(decay, abs=1e-3)
 
 
 def test_options_that_are_not_a_dict_are_refused():

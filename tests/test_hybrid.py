@@ -13,6 +13,7 @@ from support.oracle import Oracle, resolve
 
 from hashevict_vllm.cache.prefix import PrefixCachingManager
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.config import KVPolicyError
 
 POLICY = {"budget": 201, "segment": 64}
 
@@ -64,6 +65,18 @@ def test_a_hybrid_model_equals_the_oracle_over_budget(gemma3: Path) -> None:
     expected = [oracle.greedy(prompt, policy, 100) for prompt in prompts]
     with engine(gemma3, POLICY, max_num_batched_tokens=100) as llm:
         assert greedy(llm, prompts, 100) == expected
+
+
+def test_full_requests_are_refused_at_start_where_groups_share_too_small_a_pool(
+    gemma3: Path,
+) -> None:
+    options = {"num_gpu_blocks_override": 100, "max_num_batched_tokens": 256}
+    sentence = r"^--kv-policy-config.allow_full: a request of 4096 tokens .* has 99; "
+    with (
+        pytest.raises(KVPolicyError, match=sentence),
+        engine(gemma3, {**POLICY, "allow_full": True}, **options),
+    ):
+        pass
 
 
 def poison_free_blocks(llm: Any) -> None:

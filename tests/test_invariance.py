@@ -14,9 +14,9 @@ import pytest
 from support.engine import engine, greedy, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
-from test_over_budget import CASES, LENGTHS, SEEDS
+from test_over_budget import CASES, SEEDS
 
-POLICIES = {case.name: case.policy for case in CASES}
+NAMED = {case.name: case for case in CASES}
 NAMES = ("default", "segments", "instant")
 
 
@@ -31,8 +31,9 @@ class Expected:
 
 @pytest.fixture(scope="module", params=NAMES)
 def expected(request: pytest.FixtureRequest, llama_oracle: Oracle) -> Expected:
-    seeds, policy = SEEDS[request.param], POLICIES[request.param]
-    prompts = [random_prompt(n, s) for n, s in zip(LENGTHS, seeds, strict=True)]
+    case, seeds = NAMED[request.param], SEEDS[request.param]
+    prompts = [random_prompt(n, s) for n, s in zip(case.lengths, seeds, strict=True)]
+    policy = case.policy
     resolved = resolve(policy)
     tokens = [llama_oracle.greedy(prompt, resolved) for prompt in prompts]
     return Expected(policy, prompts, tokens)
@@ -55,7 +56,7 @@ def test_outputs_do_not_depend_on_eight_neighbours(
     mixed = [*neighbours[:2], *expected.prompts, *neighbours[2:]]
     options = {"max_num_seqs": 9, "max_num_batched_tokens": max_num_batched_tokens}
     with engine(llama, expected.policy, **options) as llm:
-        assert greedy(llm, mixed)[2:6] == expected.tokens
+        assert greedy(llm, mixed)[2 : -len(neighbours) + 2] == expected.tokens
 
 
 def test_preempted_requests_replay_to_the_same_tokens(
@@ -67,8 +68,9 @@ def test_preempted_requests_replay_to_the_same_tokens(
     options = {"max_num_seqs": 8, "num_gpu_blocks_override": blocks}
     with engine(llama, expected.policy, max_model_len=1024, **options) as llm:
         preempted = count_preemptions(llm)
-        twice = [prompt for prompt in expected.prompts for _ in range(2)]
-        assert greedy(llm, twice)[::2] == expected.tokens
+        copies = 8 // len(expected.prompts)
+        eight = [prompt for prompt in expected.prompts for _ in range(copies)]
+        assert greedy(llm, eight)[::copies] == expected.tokens
     assert sum(preempted.values()) > 0
     assert max(preempted.values()) < 50
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.oracle import resolve
 
 from hashevict_vllm.attention.cpu.metadata import round_arrays
-from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
+from hashevict_vllm.attention.rounds import Budgets, Pieces, as_rows, cut_step
 from hashevict_vllm.plan import (
     MAX_ROUNDS,
     Piece,
@@ -19,6 +19,8 @@ from hashevict_vllm.plan import (
     limit_chunk,
     occupied_slots,
 )
+from hashevict_vllm.request_budget import policy_with
+from hashevict_vllm.resolved import UNBOUNDED
 
 policies = st.builds(
     lambda budget, segment: resolve(
@@ -131,26 +133,49 @@ requests_of_a_step = st.lists(
 )
 
 
-@given(policies, st.sampled_from(["vote", "instant"]), requests_of_a_step)
-@example(resolve({"budget": 128, "segment": 64}), "vote", [(4096, 0, 4096)])
-@example(resolve({"budget": 128, "segment": 64}), "vote", [(9, 127, 1), (9, 128, 1)])
+own_budgets = st.dictionaries(
+    st.integers(0, 5), st.one_of(st.integers(20, 200), st.just(UNBOUNDED))
+)
+
+
+@given(
+    policies,
+    st.sampled_from(["vote", "instant"]),
+    st.sampled_from([None, 25.0, 33.3]),
+    requests_of_a_step,
+    own_budgets,
+)
+@example(resolve({"budget": 128, "segment": 64}), "vote", 9.0, [(4096, 0, 4096)], {})
+@example(
+    *(resolve({"budget": 128, "segment": 64}), "vote", 25.0),
+    *([(9, 127, 1), (9, 128, 1), (9, 128, 1)], {1: 40, 2: UNBOUNDED}),
+)
 def test_a_step_is_cut_at_once_as_it_is_piece_by_piece(
     policy,  # type: ignore[no-untyped-def]
     scoring: str,
+    percent: float | None,
     requests: list[tuple[int, int, int]],
+    own: dict[int, int],
 ) -> None:
-    policy = dataclasses.replace(policy, scoring=scoring, sinks=4)
+    policy = dataclasses.replace(
+        policy, scoring=scoring, sinks=4, recent_percent=percent
+    ).with_budget(policy.budget)
+    own = {row: budget for row, budget in own.items() if row < len(requests)}
     prompt_lens, begins, counts = np.array(requests, np.int32).T
     starts, ends = np.array([0, *counts]).cumsum(), begins + counts
     expected = [
-        cut_chunk(policy, i, starts[i], begins[i], ends[i], prompt_lens[i])
+        cut_chunk(
+            *(policy_with(policy, own.get(i)), i),
+            *(starts[i], begins[i], ends[i], prompt_lens[i]),
+        )
         for i in range(len(requests))
     ]
     rounds = [
         Pieces.of(piece for piece in together if piece is not None)
         for together in zip_longest(*expected)
     ]
-    found = cut_step(policy, starts, ends, prompt_lens)
+    budgets = Budgets.of(policy, len(requests), own)
+    found = cut_step(policy, starts, ends, prompt_lens, budgets)
     assert len(found) == len(rounds)
     for ours, pieces in zip(found, rounds, strict=True):
         for name, array in vars(pieces).items():
@@ -158,24 +183,25 @@ def test_a_step_is_cut_at_once_as_it_is_piece_by_piece(
 
 
 def test_the_tables_of_a_round_say_what_its_pieces_say() -> None:
-    policy = resolve({"budget": 128, "segment": 64, "sinks": 4, "recent": 8})
-    reads = Piece(request=1, start=192, count=64, row=1, slot=128, compact=True)
+    evicts = Piece(*(0, 512, 1, 0, 128), budget=128, recent=8, evict=True, ballots=4)
+    reads = Piece(*(1, 192, 64, 1, 40), budget=40, recent=9, compact=True)
     pieces = [
-        Piece(request=0, start=512, count=1, row=0, slot=128, evict=True, ballots=4),
+        evicts,
         dataclasses.replace(reads, first_voter=32),
-        Piece(request=3, start=7, count=2, row=70, slot=7, first_voter=2),
+        Piece(*(3, 7, 2, 70, 7), budget=128, recent=8, first_voter=2),
     ]
-    arrays = round_arrays(Pieces.of(pieces), policy.budget)
+    arrays = round_arrays(Pieces.of(pieces))
     tokens = [(p, i) for p in pieces for i in range(p.count)]
     assert arrays["token_rows"].tolist() == [p.row + i for p, i in tokens]
     assert arrays["positions"].tolist() == [p.start + i for p, i in tokens]
     assert arrays["slots"].tolist() == [p.slot + i for p, i in tokens]
     assert arrays["requests"].tolist() == [p.request for p, _ in tokens]
     assert arrays["evict"].tolist() == [p.evict for p, _ in tokens]
+    assert arrays["recent"].tolist() == [p.recent for p, _ in tokens]
     # A token that has evicted is seen again where it votes.
     assert arrays["replay"].tolist() == [
-        [0, 512, 1, 0, 128, 0, 0, 4],
-        [1, 192, 64, 1, 128, 1, 32, 0],
+        [0, 512, 1, 0, 128, 128, 8, 0, 0, 4],
+        [1, 192, 64, 1, 40, 40, 9, 1, 32, 0],
     ]
     assert Pieces.of(pieces).query_start_loc().tolist() == [0, 1, 65, 67]
     assert Pieces.of(pieces).live.tolist() == [p.live_after_write for p in pieces]

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from hashevict_vllm.request_budget import asked_budget
 from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
+from hashevict_vllm.vllm_patches.request_args import current_extra_args
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,6 +28,12 @@ def host_prompt_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
     if lens is None or lens.device.type != "cpu":
         return None
     return lens[: common.num_reqs]
+
+
+def own_budgets() -> dict[int, int]:
+    """Budgets of the batch's requests that ask for one, by row."""
+    asked = {row: asked_budget(args) for row, args in current_extra_args().items()}
+    return {row: budget for row, budget in asked.items() if budget is not None}
 
 
 def host_lens(common: CommonAttentionMetadata) -> torch.Tensor:

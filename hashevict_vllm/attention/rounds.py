@@ -8,14 +8,41 @@ every number with `plan`, which is the text to read first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from hashevict_vllm.plan import Piece
 from hashevict_vllm.resolved import VOTE_HORIZON, ResolvedKVPolicy
+
+
+class Budgets(NamedTuple):
+    """What every request of a step may keep.
+
+    Attributes:
+        budget: int64 [R], C of each.
+        recent: int64 [R], the most recent tokens that each never evicts.
+
+    """
+
+    budget: np.ndarray
+    recent: np.ndarray
+
+    @classmethod
+    def of(
+        cls, policy: ResolvedKVPolicy, num_requests: int, own: Mapping[int, int]
+    ) -> Budgets:
+        """The server's budget for all but the rows that have their own."""
+        budget = np.full(num_requests, policy.budget, np.int64)
+        if own:
+            budget[list(own)] = list(own.values())
+        if policy.recent_percent is None:
+            return cls(budget, np.full_like(budget, policy.recent))
+        # As `resolved.share_of`.
+        return cls(budget, (budget * policy.recent_percent / 100).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -30,6 +57,8 @@ class Pieces:
     count: np.ndarray
     row: np.ndarray
     slot: np.ndarray
+    budget: np.ndarray
+    recent: np.ndarray
     evict: np.ndarray
     compact: np.ndarray
     first_voter: np.ndarray
@@ -50,9 +79,10 @@ class Pieces:
         """int64 [P], `Piece.live_after_write`."""
         return np.where(self.evict, self.slot, self.slot + self.count)
 
-    def reduced(self, budget: int) -> np.ndarray:
+    @property
+    def reduced(self) -> np.ndarray:
         """Which pieces vote or overflow the budget, to be seen again: bool [P]."""
-        overflows = ~self.evict & (self.slot + self.count > budget)
+        overflows = ~self.evict & (self.slot + self.count > self.budget)
         return overflows | (self.first_voter < self.count)
 
     def table(self, names: Sequence[str]) -> np.ndarray:
@@ -100,6 +130,7 @@ def cut_step(
     starts: np.ndarray,
     ends: np.ndarray,
     prompt_lens: np.ndarray,
+    budgets: Budgets,
 ) -> list[Pieces]:
     """The rounds of a step.
 
@@ -108,6 +139,7 @@ def cut_step(
         starts: int [R + 1], first row of each request in q, k, v.
         ends: int [R], tokens of each request after the step.
         prompt_lens: int [R], lengths of the original prompts.
+        budgets: Of the requests.
 
     """
     row, end = starts[:-1].astype(np.int64), ends.astype(np.int64)
@@ -115,7 +147,8 @@ def cut_step(
     rounds: list[Pieces] = []
     while len(left := np.flatnonzero(position < end)):
         chunks = (row[left], position[left], end[left], prompt_lens[left])
-        pieces = _first_pieces(policy, left, *chunks)
+        kept = Budgets(budgets.budget[left], budgets.recent[left])
+        pieces = _first_pieces(policy, kept, left, *chunks)
         row[left] += pieces.count
         position[left] += pieces.count
         rounds.append(pieces)
@@ -124,6 +157,7 @@ def cut_step(
 
 def _first_pieces(
     policy: ResolvedKVPolicy,
+    kept: Budgets,
     request: np.ndarray,
     row: np.ndarray,
     position: np.ndarray,
@@ -131,12 +165,12 @@ def _first_pieces(
     prompt_len: np.ndarray,
 ) -> Pieces:
     """The first piece of each chunk, as the body of `plan.cut_chunk`; all int [R]."""
-    budget, segment = policy.budget, policy.segment
+    budget, segment = kept.budget, policy.segment
     slot = np.minimum(position, budget)
     stop = np.minimum(end, np.maximum(position + 1, budget))
     reads = position < prompt_len if segment > 1 else np.zeros(len(position), bool)
     compact, evict = np.zeros(len(position), bool), position >= budget
-    first = _first_in_decode(policy, position)
+    first = _first_in_decode(policy, budget, position)
     if reads.any():
         complete = position // segment * segment
         held = np.minimum(complete, budget) + position - complete
@@ -147,7 +181,7 @@ def _first_pieces(
         stop = np.where(reads, np.minimum(end, boundary), stop)
         overflows = slot + stop - position > budget
         compact, evict = reads & (stop == boundary) & overflows, evict & ~reads
-        reading = _first_in_prompt(policy, position, stop, prompt_len)
+        reading = _first_in_prompt(policy, budget, position, stop, prompt_len)
         first = np.where(reads, reading, first)
     return Pieces(
         request=request,
@@ -155,6 +189,8 @@ def _first_pieces(
         count=stop - position,
         row=row,
         slot=slot,
+        budget=budget,
+        recent=kept.recent,
         evict=evict,
         compact=compact,
         first_voter=np.minimum(first, stop) - position,
@@ -165,16 +201,20 @@ def _first_pieces(
 NOBODY = np.iinfo(np.int64).max
 
 
-def _first_in_decode(policy: ResolvedKVPolicy, position: np.ndarray) -> np.ndarray:
+def _first_in_decode(
+    policy: ResolvedKVPolicy, budget: np.ndarray, position: np.ndarray
+) -> np.ndarray:
     """int64 [R], the first position that may vote; as `ResolvedKVPolicy.voters`."""
     if not policy.votes:
         return np.full(len(position), NOBODY)
-    first = np.maximum(position, policy.first_ballot)
+    first = np.maximum(position, np.maximum(budget - VOTE_HORIZON, 1))
+    first = np.maximum(first, policy.sinks)
     return -(-first // policy.vote_every) * policy.vote_every
 
 
 def _first_in_prompt(
     policy: ResolvedKVPolicy,
+    budget: np.ndarray,
     position: np.ndarray,
     stop: np.ndarray,
     prompt_len: np.ndarray,
@@ -184,7 +224,7 @@ def _first_in_prompt(
         return np.full(len(position), NOBODY)
     begin = (stop - 1) // policy.segment * policy.segment
     end = np.minimum(begin + policy.segment, prompt_len)
-    too_early = policy.budget - np.where(end == prompt_len, VOTE_HORIZON, 0)
+    too_early = budget - np.where(end == prompt_len, VOTE_HORIZON, 0)
     first = np.maximum(np.maximum(position, begin), end - policy.window)
     first = np.maximum(first, max(policy.sinks, 1))
     return np.where(end <= too_early, NOBODY, first)

@@ -18,6 +18,7 @@ COMMANDS = {
     "replay": "what others wait for while a preempted request is read again",
     "prefill": "a whole engine reads long prompts",
     "steps": "decode steps of whole engines, in turn",
+    "inspection": "what others feel of requests being looked at",
     "serve": "a real `vllm serve` under `vllm bench serve`",
     "peer": "the same work through kvpress on transformers",
 }

@@ -113,7 +113,7 @@ def _ask(server: Server, model: Path, said: list[int], output: int, turn: int) -
         {"Content-Type": "application/json"},
     )
     start, times, cached = time.perf_counter(), [], 0
-    for chunk in _events(request):
+    for chunk in events(request):
         if chunk.get("choices"):
             times.append(time.perf_counter())
         if usage := chunk.get("usage"):
@@ -124,7 +124,7 @@ def _ask(server: Server, model: Path, said: list[int], output: int, turn: int) -
     return Turn(turn, times[0] - start, gaps, cached)
 
 
-def _events(request: Request) -> Iterator[dict[str, Any]]:
+def events(request: Request) -> Iterator[dict[str, Any]]:
     """Chunks of a stream of server-sent events."""
     with urlopen(request) as stream:
         for line in stream:

@@ -15,7 +15,7 @@ import torch
 
 from hashevict_vllm.attention.cpu.constants import rule_array, vote_strengths
 from hashevict_vllm.attention.cpu.metadata import round_arrays
-from hashevict_vllm.attention.rounds import cut_step
+from hashevict_vllm.attention.rounds import Budgets, cut_step
 from hashevict_vllm.cache.element_map import probe_element_map
 from hashevict_vllm.cache.page import LayerPages, tail_bytes
 from hashevict_vllm.kernels.cpu import launch
@@ -261,6 +261,7 @@ class BudgetedLayer:
             np.array([0, *counts]).cumsum(),
             np.array(lens),
             np.full(len(lens), prompt_len),
+            Budgets.of(self.policy, len(lens), {}),
         )
         steps = []
         for pieces in rounds:
@@ -270,7 +271,7 @@ class BudgetedLayer:
                 pieces.count.tolist(),
                 pieces.live.tolist(),
             )
-            arrays = round_arrays(pieces, self.policy.budget)
+            arrays = round_arrays(pieces)
             rows = arrays["token_rows"]
             if rows[-1] - rows[0] + 1 != len(rows):
                 raise ValueError("rounds of several requests must be one token each")
@@ -290,6 +291,7 @@ class BudgetedLayer:
             arrays["positions"],
             arrays["slots"],
             arrays["evict"],
+            arrays["recent"],
             arrays["requests"],
             *self._common,
         )
@@ -305,5 +307,4 @@ class BudgetedLayer:
                 addresses(q, k, v),
                 step.arrays["replay"],
                 *self._common,
-                self.policy.budget,
             )

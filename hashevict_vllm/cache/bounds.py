@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,9 @@ class BlockBounds:
         """Most blocks while a prompt is read up to ``num_tokens``."""
         most = self.budget + (self.segment if self.segment > 1 else 0)
         return -(-min(num_tokens, most) // self.block_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def bounds_of(policy: ResolvedKVPolicy, block_size: int) -> BlockBounds:
+    """What bounds the requests of a policy, kept."""
+    return BlockBounds(policy.budget, policy.segment, block_size)

@@ -15,8 +15,10 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.config import option_flag
 from hashevict_vllm.resolved import ResolvedKVPolicy
 from hashevict_vllm.shared import CAPACITY
+from hashevict_vllm.values import fail
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -151,6 +153,43 @@ def group_needs(
         if isinstance(layers[0], BudgetedAttentionSpec):
             policies.append(layers[0].policy)
     return policies, groups
+
+
+def check_full(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Refuse ``allow_full`` where groups share a pool that one request may not fit.
+
+    With one group a front end knows how long a request may grow
+    (`vllm_patches.request_checks`); with more it cannot tell.
+
+    Raises:
+        KVPolicyError: With what is needed, and what there is.
+
+    """
+    policies, groups = group_needs(vllm_config, kv_cache_config)
+    if len(groups) < 2 or not any(policy.allow_full for policy in policies):
+        return
+    need, there = sum(group.stock for group in groups), kv_cache_config.num_blocks - 1
+    if need > there:
+        raise fail(
+            option_flag("allow_full"),
+            f"a request of {vllm_config.model_config.max_model_len} tokens takes "
+            f"{need} blocks of this hybrid model, and the KV cache has {there}; lower "
+            "--max-model-len, or give it more memory.",
+        )
+
+
+def pool_capacity(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> Capacity | None:
+    """What an engine's pool serves; None if no layer is budgeted.
+
+    Args:
+        vllm_config: The engine's configuration.
+        kv_cache_config: The resolved pool and its groups.
+
+    """
+    policies, groups = group_needs(vllm_config, kv_cache_config)
+    return capacity(groups, kv_cache_config.num_blocks) if policies else None
 
 
 def _need(vllm_config: VllmConfig, layers: list[Any]) -> GroupNeed:

@@ -63,17 +63,18 @@ def ledger_of(pool: BlockPool) -> PoolLedger:
     return _LEDGERS.setdefault(pool, PoolLedger())
 
 
-def snapshot_keys(prefix: BlockHash, live_blocks: int) -> list[BlockHash]:
-    """Keys of the blocks of a snapshot.
+def snapshot_keys(prefix: BlockHash, reuse: Reuse) -> list[BlockHash]:
+    """Keys of the blocks of a snapshot, which requests of one budget share.
 
     Args:
         prefix: Hash of the block that ends the prefix: it covers all tokens before.
-        live_blocks: How many blocks hold the live slots.
+        reuse: Numbers of the request.
 
     """
+    kind = b"snapshot of %d slots, " % reuse.policy.budget
     return [
-        BlockHash(hashlib.sha256(b"snapshot %d " % row + prefix).digest())
-        for row in range(live_blocks)
+        BlockHash(hashlib.sha256(kind + b"%d " % row + prefix).digest())
+        for row in range(reuse.live_blocks)
     ]
 
 
@@ -114,7 +115,7 @@ def find_hit(
     size = reuse.block_size
     for end in reuse.snapshots(min(max_length, len(hashes) * size)):
         if end % alignment == 0:
-            rows = cached(snapshot_keys(hashes[end // size - 1], reuse.live_blocks))
+            rows = cached(snapshot_keys(hashes[end // size - 1], reuse))
             if len(rows) == reuse.live_blocks:
                 return rows, end
     rows = cached(hashes[: min(max_length, reuse.longest_raw_hit) // size])

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from hashevict_vllm.cache.bounds import BlockBounds
+from hashevict_vllm.cache.bounds import BlockBounds, bounds_of
+from hashevict_vllm.request_budget import asked_budget, policy_with
+from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
 class BudgetedAttentionManager(SingleTypeKVCacheManager):
     """Bounds a request to C + S slots while its prompt is read, to C afterwards.
+
+    What is cached, and how it is found, `hashevict_vllm.cache.prefix` adds.
 
     Lengths follow from token counts alone, as the worker's plan does
     (`hashevict_vllm.plan`): after x tokens of a prompt of P, at most
@@ -25,9 +27,10 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
     """
 
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
-        """As the base class; ``kv_cache_spec.bounds`` says how much a request holds."""
+        """As the base class; ``kv_cache_spec.policy`` bounds what a request holds."""
         super().__init__(kv_cache_spec, **kwargs)
-        self.bounds: BlockBounds = kv_cache_spec.bounds
+        self._policy: ResolvedKVPolicy = kv_cache_spec.policy
+        self._bounds: dict[str, BlockBounds] = {}
         self._prompt_len: dict[str, int] = {}
         self._scratch_returned: set[str] = set()
 
@@ -37,15 +40,26 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         Called by `hashevict_vllm.vllm_patches.kv_cache_manager` before any other
         method, also for one that was preempted, whose output is no prompt.
         """
-        self._prompt_len[request.request_id] = request.num_prompt_tokens
+        request_id = request.request_id
+        self._prompt_len[request_id] = request.num_prompt_tokens
+        if request_id not in self._bounds:
+            policy = self.policy_of(request)
+            self._bounds[request_id] = bounds_of(policy, self.block_size)
+
+    def policy_of(self, request: Request) -> ResolvedKVPolicy:
+        """The policy, with the budget that the request asks for."""
+        params = request.sampling_params
+        asked = asked_budget(params.extra_args) if params else None
+        return policy_with(self._policy, asked)
 
     def _required_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks a request needs to have ``num_tokens`` tokens computed."""
-        after = self.bounds.decode_blocks(num_tokens)
+        bounds = self._bounds[request_id]
+        after = bounds.decode_blocks(num_tokens)
         if request_id in self._scratch_returned:
             return after
         prompt = min(num_tokens, self._prompt_len[request_id])
-        return max(after, self.bounds.prefill_blocks(prompt))
+        return max(after, bounds.prefill_blocks(prompt))
 
     def remove_skipped_blocks(
         self,
@@ -70,7 +84,7 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
             return
         self._scratch_returned.add(request_id)
         blocks = self.req_to_blocks[request_id]
-        keep = self.bounds.steady_blocks
+        keep = self._bounds[request_id].steady_blocks
         scratch = blocks[keep:]
         del blocks[keep:]
         self.block_pool.free_blocks(reversed(scratch))
@@ -107,6 +121,7 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request (finished, aborted or preempted)."""
+        self._bounds.pop(request_id, None)
         self._prompt_len.pop(request_id, None)
         self._scratch_returned.discard(request_id)
         return super().pop_blocks_for_free(request_id)
@@ -115,19 +130,3 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
     def has_positionally_stable_blocks(self) -> bool:
         """Slots are overwritten by later tokens."""
         return False
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: BlockHashList,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
-        kv_cache_spec: KVCacheSpec,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Never hits: see `hashevict_vllm.cache.prefix`."""
-        return tuple([] for _ in kv_cache_group_ids), 0

@@ -46,7 +46,6 @@ class PrefixCachingManager(BudgetedAttentionManager):
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         """As the base class; ``kv_cache_spec.policy`` says who votes when."""
         super().__init__(kv_cache_spec, **kwargs)
-        self._policy = kv_cache_spec.policy
         self._ledger = ledger_of(self.block_pool)
         self._reuse: dict[str, Reuse] = {}
         self._sharing: set[str] = set()
@@ -55,7 +54,7 @@ class PrefixCachingManager(BudgetedAttentionManager):
         self._hits: dict[str, int] = {}  # blocks of a new request that are hits
         # Filled by a scheduling pass, emptied at its end.
         self._leaving: dict[str, list[KVCacheBlock]] = {}
-        self._due: dict[str, tuple[BlockHash, list[KVCacheBlock]]] = {}
+        self._due: dict[str, tuple[list[BlockHash], list[KVCacheBlock]]] = {}
         self._verbatim: set[int] = set()
         # Kept across passes: the state that the last step ends with, and side copies.
         self._reached: dict[str, BlockHash] = {}
@@ -71,7 +70,7 @@ class PrefixCachingManager(BudgetedAttentionManager):
         request_id, prompt_len = request.request_id, request.num_prompt_tokens
         reuse = self._reuse.get(request_id)
         if reuse is None or reuse.prompt_len != prompt_len:
-            reuse = reuse_of(self._policy, self.block_size, prompt_len)
+            reuse = reuse_of(self.policy_of(request), self.block_size, prompt_len)
             self._reuse[request_id] = reuse
         if request_id not in self.req_to_blocks:
             whole = prompt_len + request.max_tokens
@@ -183,7 +182,8 @@ class PrefixCachingManager(BudgetedAttentionManager):
             if hashed:
                 self._leaving[request_id] = hashed
         if prefix := self._reached.pop(request_id, None):
-            self._due[request_id] = (prefix, row[: reuse.live_blocks])
+            keys = snapshot_keys(prefix, reuse)
+            self._due[request_id] = (keys, row[: reuse.live_blocks])
 
     def _make_private(self, request_id: str, hits: int) -> None:
         """Take hits over, or copy those that another request holds."""
@@ -267,8 +267,8 @@ class PrefixCachingManager(BudgetedAttentionManager):
             # From the end of a chain, so that its root stays in the LRU list longest.
             for block in reversed(blocks):
                 self._move_out(request_id, block)
-        for prefix, live in self._due.values():
-            self._keep_snapshot(prefix, live)
+        for keys, live in self._due.values():
+            self._keep_snapshot(keys, live)
         self._leaving, self._due = {}, {}
         self._ledger.fresh.clear()
         return super().take_pending_cow_copies()
@@ -306,12 +306,11 @@ class PrefixCachingManager(BudgetedAttentionManager):
         self._copy(block, copy, verbatim=verbatim)
         self._copied.setdefault(request_id, []).append(copy)
 
-    def _keep_snapshot(self, prefix: BlockHash, live: list[KVCacheBlock]) -> None:
-        """Copy a request's live blocks under the hash of all that it has read."""
+    def _keep_snapshot(self, hashes: list[BlockHash], live: list[KVCacheBlock]) -> None:
+        """Copy a request's live blocks under keys of all that it has read."""
         pool = self.block_pool
         keys = [
-            make_block_hash_with_group_id(key, self.kv_cache_group_id)
-            for key in snapshot_keys(prefix, len(live))
+            make_block_hash_with_group_id(key, self.kv_cache_group_id) for key in hashes
         ]
         known = list(map(pool.cached_block_hash_to_block.get_one_block, keys))
         if all(known):
@@ -335,7 +334,8 @@ class PrefixCachingManager(BudgetedAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Return the scratch, which stays cached: see the base class."""
-        before = self.req_to_blocks.get(request_id, ())[self.bounds.steady_blocks :]
+        keep = self._bounds[request_id].steady_blocks
+        before = self.req_to_blocks.get(request_id, ())[keep:]
         returned = request_id in self._scratch_returned
         super().remove_skipped_blocks(
             request_id, processed_computed_tokens, num_prompt_tokens
@@ -391,9 +391,9 @@ class PrefixCachingManager(BudgetedAttentionManager):
             num_new_tokens: Tokens that the scheduler would read, at least 1.
 
         """
-        prompt_len = request.num_prompt_tokens
-        num_new_tokens = limit_chunk(self._policy, start, num_new_tokens, prompt_len)
+        prompt_len, policy = request.num_prompt_tokens, self.policy_of(request)
+        num_new_tokens = limit_chunk(policy, start, num_new_tokens, prompt_len)
         if not self.enable_caching or num_new_tokens <= 1:
             return num_new_tokens
-        reuse = reuse_of(self._policy, self.block_size, prompt_len)
+        reuse = reuse_of(policy, self.block_size, prompt_len)
         return reuse.chunk_end(start, start + num_new_tokens) - start

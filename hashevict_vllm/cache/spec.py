@@ -10,7 +10,7 @@ import torch
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from hashevict_vllm.cache.bounds import BlockBounds
+from hashevict_vllm.cache.bounds import BlockBounds, bounds_of
 from hashevict_vllm.cache.copies import PageCopy, copy_pages
 from hashevict_vllm.cache.page import tail_bytes
 from hashevict_vllm.cache.prefix import PrefixCachingManager
@@ -92,8 +92,8 @@ class BudgetedAttentionSpec(AttentionSpec):
 
     @property
     def bounds(self) -> BlockBounds:
-        """Most blocks of a request."""
-        return BlockBounds(self.policy.budget, self.policy.segment, self.block_size)
+        """Most blocks of a request with the server's budget."""
+        return bounds_of(self.policy, self.block_size)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the largest request: the bound while its prompt is being read.

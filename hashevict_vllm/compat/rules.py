@@ -3,7 +3,7 @@
 `RULES` is the list; every rule is one small function that returns the sentence for
 the user, or ``None`` where it has no objection. Rules read the finished `VllmConfig`,
 after vLLM has resolved defaults, so a default that turns a feature on is seen too.
-Rules that depend on the device are in `device`.
+Rules that depend on the device are in `device`, on HTTP servers in `frontend`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .device import (
     platform,
     quantised_cache,
 )
+from .frontend import inspection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -390,6 +391,7 @@ RULES: tuple[Rule, ...] = (
     microbatches,
     quantised_cache,
     hybrid_manager_off,
+    inspection,
     inner_backend,
     cpu_block_size,
     budget_sizes,

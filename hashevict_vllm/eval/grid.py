@@ -23,6 +23,7 @@ from hashevict_vllm.config import (
     KVPolicyConfig,
     KVPolicyError,
 )
+from hashevict_vllm.resolved import pace
 
 FULL = "full"
 
@@ -93,6 +94,9 @@ class Policy:
         config = KVPolicyConfig.from_dict(self.with_budget(budget))
         options = dataclasses.asdict(config)
         del options["preset"]  # what it sets is there
+        if budget is not None:  # what is by default depends on it
+            asked = (options["vote_every"], options["decay"])
+            options["vote_every"], options["decay"] = pace(budget, *asked)
         return options
 
 

@@ -7,9 +7,11 @@ of every layer evicts one token where another does, so one number serves them al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.request_budget import asked_budget
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Progress:
             before the first.
         after: The same now: the prompt, and all but the newest of the output.
         preemptions: Times that the request was preempted between the two.
+        budget: C that the request asks for; None for the server's.
 
     """
 
@@ -31,10 +34,17 @@ class Progress:
     before: int
     after: int
     preemptions: int = 0
+    budget: int | None = None
 
     @classmethod
     def of(
-        cls, request_id: str, prompt_len: int, generated: int, new: int, preempted: int
+        cls,
+        request_id: str,
+        prompt_len: int,
+        generated: int,
+        new: int,
+        preempted: int,
+        extra_args: Mapping[str, Any] | None = None,
     ) -> Progress:
         """The progress of an output.
 
@@ -44,13 +54,13 @@ class Progress:
             generated: Tokens generated so far.
             new: Those of them that are new.
             preempted: Preemptions since the output before.
+            extra_args: Of the request, its budget among them.
 
         """
         earlier = generated - new
         before = prompt_len + earlier - 1 if earlier else 0
-        return cls(
-            request_id, prompt_len, before, prompt_len + generated - 1, preempted
-        )
+        after, budget = prompt_len + generated - 1, asked_budget(extra_args)
+        return cls(request_id, prompt_len, before, after, preempted, budget)
 
 
 def evicted_tokens(budget: int, prompt_len: int, tokens: int) -> tuple[int, int]:
@@ -69,11 +79,11 @@ def evicted_tokens(budget: int, prompt_len: int, tokens: int) -> tuple[int, int]
     return in_prompt, max(tokens - budget, 0) - in_prompt
 
 
-def live_slots(policy: ResolvedKVPolicy, tokens: int) -> int:
+def live_slots(budget: int, tokens: int) -> int:
     """Slots per KV head that hold a token, after the prompt."""
-    return min(tokens, policy.budget)
+    return min(tokens, budget)
 
 
-def kept_ratio(policy: ResolvedKVPolicy, tokens: int) -> float:
+def kept_ratio(budget: int, tokens: int) -> float:
     """Share of a request's tokens that its cache still holds; 1 below the budget."""
-    return live_slots(policy, tokens) / tokens if tokens else 1.0
+    return live_slots(budget, tokens) / tokens if tokens else 1.0

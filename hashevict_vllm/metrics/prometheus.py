@@ -29,6 +29,7 @@ from hashevict_vllm.metrics.counts import (
     kept_ratio,
     live_slots,
 )
+from hashevict_vllm.request_budget import asked_budget
 from hashevict_vllm.shared import CAPACITY, EVICTION_SECONDS
 
 PREFIX = "hashevict:"
@@ -120,7 +121,10 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._policy = config.resolve(
             vllm_config.model_config.max_model_len, self._block_size
         )
-        self._tokens: dict[int, dict[str, int]] = {i: {} for i in self._engines}
+        # By engine and request: budget, and tokens written.
+        self._tokens: dict[int, dict[str, tuple[int, int]]] = {
+            i: {} for i in self._engines
+        }
         self._alive: dict[int, Iterable[str]] = {}
         self._renewed = dict.fromkeys(self._engines, 0.0)
         self._seconds = dict.fromkeys(self._engines, 0.0)
@@ -156,7 +160,8 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             ratio = self._metric("request_kept_ratio", engine_idx)
             for done in iteration_stats.finished_requests:
                 tokens = done.num_prompt_tokens + done.num_generation_tokens - 1
-                ratio.observe(kept_ratio(self._policy, tokens))
+                budget = self._budget(asked_budget(getattr(done, "extra_args", None)))
+                ratio.observe(kept_ratio(budget, tokens))
         self._renew_gauges(engine_idx)
 
     def log_engine_initialized(self) -> None:
@@ -165,7 +170,7 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             self._renew_shared(engine)
 
     def _count(self, progress: Progress, engine: int) -> None:
-        budget = self._policy.budget
+        budget = self._budget(progress.budget)
         now = evicted_tokens(budget, progress.prompt_len, progress.after)
         earlier = evicted_tokens(budget, progress.prompt_len, progress.before)
         for phase, more in zip(
@@ -183,7 +188,11 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
             self._metric("replayed_tokens", engine).inc(
                 progress.preemptions * generated
             )
-        self._tokens[engine][progress.request_id] = progress.after
+        self._tokens[engine][progress.request_id] = budget, progress.after
+
+    def _budget(self, asked: int | None) -> int:
+        """C of a request that asks for it, or for none."""
+        return self._policy.budget if asked is None else asked
 
     def _renew_gauges(self, engine: int) -> None:
         alive, tokens = self._alive.get(engine, ()), self._tokens[engine]
@@ -193,9 +202,9 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._renewed[engine] = now
         for gone in [request for request in tokens if request not in alive]:
             del tokens[gone]
-        live = [live_slots(self._policy, n) for n in tokens.values()]
+        live = [live_slots(*counts) for counts in tokens.values()]
         held = sum(cdiv(slots, self._block_size) for slots in live)
-        stock = sum(cdiv(n, self._block_size) for n in tokens.values())
+        stock = sum(cdiv(n, self._block_size) for _, n in tokens.values())
         self._metric("live_slots", engine).set(sum(live))
         self._metric("blocks_held", engine).set(held)
         self._metric("blocks_saved", engine).set(stock - held)

@@ -58,7 +58,8 @@ class KeyFrame:
     """Centre and axes of the keys of one layer.
 
     In float64, and so is what is rounded, so that the order of a sum does not decide
-    where a number is rounded to.
+    where a number is rounded to. Elements that are not finite count as 0: a sink that
+    overflowed does not take the votes of all other keys along.
 
     Attributes:
         centre: float64 [Hkv, D], mean key of the sinks but the first token.
@@ -80,8 +81,8 @@ class KeyFrame:
         """
         k = k.double()
         zero = torch.zeros_like(k[:, 0])
-        first = k[:, 0] if sinks else zero
-        centre = k[:, 1:sinks].mean(1) if sinks > 1 else zero
+        first = _finite(k[:, 0]) if sinks else zero
+        centre = _finite(k[:, 1:sinks].mean(1)) if sinks > 1 else zero
         one = _unit(first)
         other = centre - (centre * one).sum(-1, keepdim=True) * one
         parallel = _square(other) <= PARALLEL * _square(centre)
@@ -114,6 +115,10 @@ class KeyFrame:
         axes = self.axes.float()
         along = q @ axes.transpose(1, 2)
         return along, q - along @ axes
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:

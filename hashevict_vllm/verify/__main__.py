@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from hashevict_vllm.verify.checks import FAILED, UNCHECKED, Check, table
 from hashevict_vllm.verify.part import MARK, PARTS
@@ -31,6 +32,11 @@ NEEDS_GPU = (
 NOT_IN_IT = (
     Check("engine", "fp8 caches", UNCHECKED, "not part of this command"),
     Check("engine", "other backends", UNCHECKED, "not what vLLM chooses here"),
+)
+
+BENCH_WITHOUT_GPU = (
+    "--bench: it times a GPU, and torch finds none here; run it on a GPU node, or "
+    "`hashevict-vllm verify` without it."
 )
 
 
@@ -75,6 +81,18 @@ def run_part(name: str) -> list[Check]:
     return checks
 
 
+def bench(file: Path | None) -> bool:
+    """Print the table of all timings, and write it; whether a part broke."""
+    from hashevict_vllm.verify.bench import rows, run, sizes
+
+    outcomes = [run.run_part(name) for name in sizes.ON_GPU.parts]
+    found = run.all_rows(outcomes, sizes.ON_GPU, sizes.device_bytes())
+    print(f"{machine()}\n\n{rows.table(found)}")
+    if file is not None:
+        run.write_json(file, machine(), found)
+    return any(outcome.failure for outcome in outcomes)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that this machine can, and print the table."""
     import torch
@@ -89,8 +107,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="PART",
         help=", ".join(PARTS),
     )
+    parser.add_argument(
+        "--bench",
+        action="store_true",
+        help="time what a budget costs on this GPU, against stock vLLM, and check "
+        "nothing (about 15 minutes)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="with --bench: write the table there"
+    )
     on_gpu = torch.cuda.is_available()
-    names = parser.parse_args(arguments).only or (ON_GPU if on_gpu else WITHOUT_GPU)
+    options = parser.parse_args(arguments)
+    if options.json and not options.bench:
+        parser.error("--json: only --bench has figures to write; add --bench.")
+    if options.bench:
+        if not on_gpu:
+            parser.error(BENCH_WITHOUT_GPU)
+        sys.exit(bench(options.json))
+    names = options.only or (ON_GPU if on_gpu else WITHOUT_GPU)
     checks = []
     for name in names:
         if name == "cpu-engine" or _is_installed("triton"):

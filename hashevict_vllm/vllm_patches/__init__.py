@@ -11,6 +11,10 @@
     hands prompt lengths to the metadata builder.
 ``model_runner_v2.py`` — model runner V2
     does so too, without a copy to or from the device.
+``request_args.py`` — both model runners
+    hand the ``extra_args`` of requests to the metadata builder.
+``request_checks.py`` — the engine's input processor and core
+    refuse requests whose ``kv_budget`` cannot be served.
 ``decode_graphs.py`` — both model runners
     keep chunks of one prompt token out of full decode graphs, if a builder says so.
 ``engine_core.py`` — the engine core
@@ -32,6 +36,8 @@
     lets managers shorten a chunk, so that what it fills can be cached.
 ``block_copies.py`` — both model runners
     copy blocks with their tails.
+``endpoint_plugins.py`` — ``vllm.plugins``
+    loads the policy's routes into a server; the engine core reads pages for them.
 ``kernel_dispatcher.py`` — ``vllm.triton_utils.dispatcher``
     survives numba being imported before a worker starts (llvmlite's ``ffi.lib``).
 
@@ -51,6 +57,8 @@ PATCHES = (
     "attention_layer",
     "model_runner",
     "model_runner_v2",
+    "request_args",
+    "request_checks",
     "decode_graphs",
     "scheduler",
     "engine_core",
@@ -61,6 +69,7 @@ PATCHES = (
     "cpu_generators",
     "kv_cache_manager",
     "block_copies",
+    "endpoint_plugins",
     "kernel_dispatcher",
 )
 """Modules of this package, in the order in which they are applied."""

@@ -4,6 +4,7 @@ Where: ``OutputProcessor._update_stats_from_output`` in
 ``vllm/v1/engine/output_processor.py``, which knows the request's prompt and what it has
 generated, and `IterationStats`, which it fills, does not keep either by request. Why
 there: every output of every engine passes it, in the process that serves ``/metrics``.
+``_update_stats_from_finished`` and ``add_request`` beside it, for the request's budget.
 And ``StatLoggerManager.__init__`` in ``vllm/v1/metrics/loggers.py``, for the logger
 that reads them: a plugin of the group ``vllm.stat_logger_plugins`` would be made with
 the policy off as well, and would switch statistics on where they are off.
@@ -67,6 +68,25 @@ def _note_progress() -> None:
     stock = OutputProcessor._update_stats_from_output
     if hasattr(stock, "hashevict_stock"):
         return
+    add, finish = (
+        OutputProcessor.add_request,
+        OutputProcessor._update_stats_from_finished,
+    )
+
+    @functools.wraps(add)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        add(self, request, *args, **kwargs)
+        params = request.sampling_params
+        state = self.request_states[request.request_id]
+        state.extra_args = params.extra_args if params else None
+
+    @functools.wraps(finish)
+    def _update_stats_from_finished(
+        self: Any, state: Any, reason: Any, stats: Any
+    ) -> None:
+        finish(self, state, reason, stats)
+        if stats is not None:
+            stats.finished_requests[-1].extra_args = state.extra_args
 
     @functools.wraps(stock)
     def _update_stats_from_output(
@@ -83,9 +103,12 @@ def _note_progress() -> None:
                 state.stats.num_generation_tokens,
                 len(output.new_token_ids),
                 state.stats.num_preemptions - preempted,
+                state.extra_args,
             )
             stats.__dict__.setdefault("request_progress", []).append(progress)
         stats.request_states = self.request_states
 
     _update_stats_from_output.hashevict_stock = stock  # type: ignore[attr-defined]
     OutputProcessor._update_stats_from_output = _update_stats_from_output
+    OutputProcessor._update_stats_from_finished = _update_stats_from_finished
+    OutputProcessor.add_request = add_request

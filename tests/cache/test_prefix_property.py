@@ -11,7 +11,7 @@ import pytest
 from support.paper_worker import PaperEngine, fork
 
 from hashevict_vllm import plugin, resolved
-from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.resolved import UNBOUNDED, ResolvedKVPolicy
 
 plugin.register()
 
@@ -80,6 +80,7 @@ def paper_engine(
     blocks: int,
     chunk: int,
     lag: int = 0,
+    budgets: tuple[int | None, ...] = (None,),
     **options: Any,
 ) -> PaperEngine:
     config = EngineArgs(
@@ -94,7 +95,7 @@ def paper_engine(
         **options,
         kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     ).create_engine_config()
-    return PaperEngine(config, policy, N, blocks, lag)
+    return PaperEngine(config, policy, N, blocks, lag, budgets)
 
 
 @pytest.mark.parametrize("lag", [0, 1], ids=["in step", "async"])
@@ -102,15 +103,18 @@ def paper_engine(
 def test_pages_hold_what_prefixes_make_whatever_the_schedule(
     name: str, lag: int, model: Path
 ) -> None:
+    """In the latter seeds some requests ask for a budget of their own."""
     policy = POLICIES[name]
     hits = fresh = 0
     for seed in range(6):
         rng = random.Random(seed)
         most = policy.budget + policy.segment if policy.segment > 1 else policy.budget
+        budgets: tuple[int | None, ...] = (None,)
+        if seed >= 3:
+            budgets, most = (None, policy.budget - 4, UNBOUNDED), LONGEST + 32
         floor = -(-min(most, LONGEST + 32) // N) + 1
-        engine = paper_engine(
-            model, policy, floor + rng.randint(0, 30), rng.choice((16, 40, 128)), lag
-        )
+        blocks, chunk = floor + rng.randint(0, 30), rng.choice((16, 40, 128))
+        engine = paper_engine(model, policy, blocks, chunk, lag, budgets)
         run_random_schedule(engine, rng)
         hits += sum(engine.hits.values())
         fresh += engine.preempted_fresh
@@ -174,7 +178,8 @@ def run_random_schedule(engine: PaperEngine, rng: random.Random) -> None:
         if step < 200 and rng.random() < 0.5 and len(engine.unfinished) < 9:
             name, prompt = f"r{len(wanted)}", fork(rng, known, LONGEST)
             wanted[name] = (prompt, rng.randint(1, 16))
-            engine.add(name, *wanted[name], priority=rng.randint(0, 2))
+            budget = rng.choice(engine.budgets)
+            engine.add(name, *wanted[name], rng.randint(0, 2), budget)
             known.append(prompt)
         if engine.unfinished and rng.random() < 0.03:
             gone = rng.choice(engine.unfinished)

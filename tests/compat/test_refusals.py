@@ -217,7 +217,7 @@ def refusal_of(config):
 def test_every_rule_has_a_case():
     cases = {*MODELS, *FLAGS, "vllm_version", "kv_connector", "kv_events"}
     cases |= {"context_parallel", "hybrid_manager_off", "diffusion"}
-    cases |= {"replicated_kv_heads"}
+    cases |= {"replicated_kv_heads", "inspection"}
     # tests/attention/gpu/test_device.py
     cases |= {"platform", "inner_backend", "microbatches", "device_kernels"}
     assert {rule.__name__ for rule in rules.RULES} == cases
@@ -295,6 +295,18 @@ def test_copies_of_kv_heads_are_refused_where_queries_are_asked(llama):
     ):
         policy = KVPolicyConfig.from_dict({"budget": 512, **options})
         assert rules.replicated_kv_heads(config, policy) is None
+
+
+def test_inspection_is_refused_where_a_question_may_go_astray(llama, monkeypatch):
+    args = engine_args(llama, policy=kv_policy(budget=512, inspect=True))
+    config = args.create_engine_config()
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert_is_one_sentence(refusal_of(config), "--kv-policy-config.inspect")
+    monkeypatch.undo()
+    config.parallel_config._api_process_count = 2
+    text = refusal_of(config)
+    assert_is_one_sentence(text, "--kv-policy-config.inspect")
+    assert "use --api-server-count 1" in text
 
 
 def test_sliding_window_layers_need_the_hybrid_manager(tmp_path):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from support.server import BUDGET, MODEL, server_env, vllm_command
+from support.server import BUDGET, KEY, MODEL, server_env, vllm_command
 
 from hashevict_vllm.config import POLICY_NAMES
 
@@ -230,6 +230,14 @@ def test_a_client_that_leaves_while_its_prompt_is_read_gives_its_blocks_back(ser
         assert chat(client, "What is the capital of France?", 16).choices
 
 
+BAD_BUDGETS = {
+    "much": "expected tokens or 'full', got 'much'.",
+    1.5: "expected an integer, got 1.5.",
+    0: "must be at least 175, got 0.",
+    BUDGET + 1: f"must be at most {BUDGET}.",
+}
+
+
 def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, client):
     prompt = "Once upon a time"
     alone = complete(client, prompt, 512).choices[0].text
@@ -242,10 +250,17 @@ def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, cli
         complete(client, "Hello", -1, extra_body={})
     with pytest.raises(openai.BadRequestError, match="maximum context length is 8192"):
         complete(client, [1] * 9000, 1, extra_body={})
+    for budget, reason in BAD_BUDGETS.items():
+        asked = {"vllm_xargs": {"kv_budget": budget}}
+        with pytest.raises(openai.BadRequestError, match=f"kv_budget: {reason}"):
+            complete(client, "Hello", 1, extra_body=asked)
     broken = httpx.post(
         f"{server.url}/v1/completions",
         content=b'{"model":',
-        headers={"Content-Type": "application/json"},
+        headers={
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {KEY}",
+        },
     )
     assert broken.status_code == 400
     assert "JSON" in broken.json()["error"]["message"]
@@ -291,6 +306,25 @@ def test_usage_adds_up_what_several_answers_evicted_also_in_streams(client):
     *_, last = complete(client, [facts(33), "Hello"], 64, **options)
     assert last.usage.evicted_tokens == each
     assert chat(client, "Hello", 1).usage.evicted_tokens == 0
+
+
+def test_a_request_may_ask_for_a_budget_of_its_own(server, client):
+    """Of a chat's 1,500 tokens the metrics count what is beyond that."""
+
+    def evicted(budget):
+        name = 'hashevict:evicted_tokens_total{.*phase="prompt"}'
+        counts = []
+        for ask in (False, True):
+            if ask:
+                asked = {"vllm_xargs": {"kv_budget": budget}}
+                usage = chat(client, facts(50), 2, extra_body=asked).usage
+            text = httpx.get(f"{server.url}/metrics").text
+            counts.append(float(re.search(rf"^{name} (\S+)$", text, re.M)[1]))
+        return counts[1] - counts[0], usage.prompt_tokens
+
+    lost, tokens = evicted(512)
+    assert lost == tokens - 512 > BUDGET - 512
+    assert evicted("full") == (0, tokens)
 
 
 def test_32_requests_are_served_at_once_though_half_outgrow_the_budget(server, client):

@@ -12,6 +12,7 @@ from support.paged_triton import SCALE, TritonLayer
 from hashevict_vllm.policies.reference import ReferenceLayer
 
 DIM, HEADS, GROUP = 16, 1, 2
+NAN, INF = float("nan"), float("inf")
 RULES: dict[str, dict[str, Any]] = {
     "query": {"scoring": "instant"},
     "key": {"scoring": "instant", "hash_source": "key"},
@@ -60,19 +61,29 @@ def test_any_bits_leave_the_budget_and_the_protected_slots(
     assert layer.untouched()
 
 
-@pytest.mark.parametrize("rule", ["norm", "vote"])
+@pytest.mark.parametrize(
+    ("rule", "sinks"),
+    [
+        ("norm", {}),
+        ("vote", {}),
+        ("vote", {0: NAN, 2: INF}),
+        ("vote", {0: INF, 2: NAN}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_keys_that_are_not_finite_are_ranked_as_the_oracle_ranks_them(
-    rule: str,
+    rule: str, sinks: dict[int, float]
 ) -> None:
     torch.manual_seed(1)
     protected = {"sinks": 4, "recent": 5}
     policy = resolve({**RULES[rule], "budget": 40, "segment": 32, **protected}, 16)
     q, k, v = (torch.randn(64, n, DIM) for n in (GROUP, HEADS, HEADS))
-    k[25, 0, 3], k[29, 0, 0] = float("nan"), float("-inf")
+    k[25, 0, 3], k[29, 0, 0] = NAN, -INF
     if rule == "norm":  # a finite key whose logits are not depends on the order of sums
         k[35, 0, 7] = 3e38
     k[33] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # a NaN's sign set
+    for position, value in sinks.items():
+        k[position, 0, position] = value
     layer = TritonLayer(policy, [64], [64], HEADS, GROUP, DIM, 16, torch.float32)
     layer.step([(q, k, v)])
     oracle = ReferenceLayer(policy, 64, HEADS, DIM)

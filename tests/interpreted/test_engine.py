@@ -28,12 +28,15 @@ from hashevict_vllm import plugin  # noqa: E402
 from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
 )
+from hashevict_vllm.request_budget import policy_with  # noqa: E402
+from hashevict_vllm.resolved import UNBOUNDED  # noqa: E402
 
 plugin.register()
 
 SIZES = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 128}
-# Alone, the first prompt ends with a chunk of one token; the last never fills a budget.
-BATCHES = [[65], [70, 20]]
+# Alone, the first prompt ends with a chunk of one token.
+BATCHES = [[65], [70, 60]]
+BUDGETS: list[list[Any]] = [[None], [40, "full"]]
 TOKENS = 3
 RULES: dict[str, dict[str, Any]] = {
     "instant": {"scoring": "instant", "segment": 32, "hash_bits": 16},
@@ -63,7 +66,7 @@ def test_tokens_equal_the_oracle_with_both_model_runners(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr(xformers_reference.SEAM, xformers_reference.attention)
-    policy = {"budget": 48, "recent": 8, **RULES[rule]}
+    policy = {"budget": 48, "allow_full": True, **RULES[rule]}
     prompts = [[random_prompt(n, seed=3) for n in batch] for batch in BATCHES]
     with (
         as_on_a_gpu(backend),
@@ -73,11 +76,22 @@ def test_tokens_equal_the_oracle_with_both_model_runners(
         ((group,),) = runner_of(llm).attn_groups
         assert group.backend.get_name() == backend
         assert isinstance(group.metadata_builders[0], DeviceMetadataBuilderMixin)
-        tokens = [greedy(llm, batch, TOKENS) for batch in prompts]
+        batches = list(zip(prompts, BUDGETS, strict=True))
+        tokens = [greedy(llm, batch, TOKENS, budgets) for batch, budgets in batches]
+        # Ballots of the last layer were joined when the model had ended.
+        assert group.metadata_builders[0].constants.fork.ends_with_model
     oracle, resolved = Oracle(llama), resolve(policy, 16)
+    of_request = {
+        None: resolved,
+        40: resolve({**policy, "budget": 40}, 16),
+        "full": policy_with(resolved, UNBOUNDED),
+    }
     assert tokens == [
-        [oracle.greedy(prompt, resolved, TOKENS) for prompt in batch]
-        for batch in prompts
+        [
+            oracle.greedy(prompt, of_request[budget], TOKENS)
+            for prompt, budget in zip(batch, budgets, strict=True)
+        ]
+        for batch, budgets in batches
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -13,6 +15,7 @@ from support.oracle import resolve
 from support.paged_triton import TritonLayer
 
 from hashevict_vllm.attention.gpu.rule import device_rule
+from hashevict_vllm.attention.rounds import Budgets
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.pages import DevicePages, view_pages
 from hashevict_vllm.kernels.projection import make_projection
@@ -22,6 +25,8 @@ from hashevict_vllm.kernels.triton.arguments import Page, Scratch, Signed, Step,
 from hashevict_vllm.kernels.triton.bits import popcount
 from hashevict_vllm.kernels.triton.pieces import NAMES
 from hashevict_vllm.plan import Piece, cut_chunk
+from hashevict_vllm.request_budget import policy_with
+from hashevict_vllm.resolved import UNBOUNDED
 
 POISON = -123456789
 
@@ -52,15 +57,22 @@ def columns_of(piece: Piece) -> list[int]:
         max_size=3,
     ),
     st.integers(0, 2),
+    st.dictionaries(
+        st.integers(0, 2), st.one_of(st.integers(20, 100), st.just(UNBOUNDED))
+    ),
 )
 def test_the_device_plans_what_the_host_plans(
     policy,  # type: ignore[no-untyped-def]
     requests: list[tuple[int, int, int]],
     padding: int,
+    own: dict[int, int],
 ) -> None:
+    policy = replace(policy, recent_percent=25.0).with_budget(policy.budget)
+    own = {row: budget for row, budget in own.items() if row < len(requests)}
     starts, lens, expected = [0], [], []
     for request, (prompt, start, count) in enumerate(requests):
-        pieces = cut_chunk(policy, request, starts[-1], start, start + count, prompt)
+        mine = policy_with(policy, own.get(request))
+        pieces = cut_chunk(mine, request, starts[-1], start, start + count, prompt)
         expected.append(list(pieces))
         starts.append(starts[-1] + count)
         lens.append(start + count)
@@ -70,10 +82,12 @@ def test_the_device_plans_what_the_host_plans(
     live, done = (torch.full((num,), POISON, dtype=torch.int32) for _ in range(2))
     token_piece = torch.full((tokens,), POISON, dtype=torch.int32)
     ints = {"dtype": torch.int32}
+    kept = Budgets.of(policy, num, own)
     arguments = (
         torch.tensor(starts + [starts[-1]] * padding, **ints),
         torch.tensor(lens + [0] * padding, **ints),
         torch.tensor(prompts + [0] * padding, **ints),
+        *(torch.tensor(x, **ints) for x in kept),
         done,
         table,
         live,
@@ -112,8 +126,10 @@ def test_requests_that_vllm_makes_up_are_attended_and_left_alone(
     ints = {"dtype": torch.int32}
     lens = [1, 81]  # one writes the only sink; the other evicts and votes
     starts, prompts = torch.tensor([0, 1, 2], **ints), torch.zeros(2, **ints)
-    arguments = (starts, torch.tensor(lens, **ints), prompts, done, table, live, owner)
-    ops.plan(*arguments, device_rule(policy), True, slot_mapping)
+    kept = (torch.full((2,), n, **ints) for n in (policy.budget, policy.recent))
+    arguments = (starts, torch.tensor(lens, **ints), prompts, *kept, done)
+    rule = device_rule(policy)
+    ops.plan(*arguments, table, live, owner, rule, True, slot_mapping)
     real = [i for i in range(2) if i not in made_up]
     assert owner.tolist() == [i if i in real else -1 for i in range(2)]
     assert live.tolist() == [1, 64]
@@ -191,7 +207,9 @@ def test_decode_never_asks_the_host_for_a_value(scoring: str) -> None:
         tokens = Tokens.of(*map(device, token))
         pages = DevicePages(*map(device, (pages.k, pages.v, pages.tail)))
         plan = tuple(map(device, (done, pieces, live, token_piece)))
-        ops.plan(device(where), device(lens), device(prompt_lens), *plan, rule, True)
+        kept = (torch.full((2,), n, **ints) for n in (policy.budget, policy.recent))
+        requests = map(device, (where, lens, prompt_lens, *kept))
+        ops.plan(*requests, *plan, rule, True)
         signed = Signed(device(signatures), device(squares))
         projection = device(layer.projection)
         if layer.rule.signs:

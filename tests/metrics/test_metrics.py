@@ -20,6 +20,10 @@ from hashevict_vllm.shared import EVICTION_SECONDS
 BUDGET = 160
 POLICY = {"budget": BUDGET, "segment": 64}
 LENGTHS = (20, BUDGET, 333, 700)
+OWN = (None, 100, None, None)
+"""Budgets that the requests ask for."""
+
+KEPT = (BUDGET, 100, BUDGET, BUDGET)
 TOKENS = 50
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -39,15 +43,15 @@ def value(name: str, **labels: str) -> float:
 @pytest.fixture(scope="module")
 def served(llama: Path) -> Iterator[Any]:
     with engine(llama, POLICY, max_num_seqs=4, disable_log_stats=False) as llm:
-        greedy(llm, [random_prompt(length) for length in LENGTHS], TOKENS)
+        greedy(llm, [random_prompt(length) for length in LENGTHS], TOKENS, OWN)
         yield llm
 
 
 def test_evictions_are_counted_by_phase(served: Any) -> None:
     # The newest token of an answer has not been written yet.
     written = [length + TOKENS - 1 for length in LENGTHS]
-    in_prompt = [max(length - BUDGET, 0) for length in LENGTHS]
-    lost = [max(tokens - BUDGET, 0) for tokens in written]
+    in_prompt = [max(n - kept, 0) for n, kept in zip(LENGTHS, KEPT, strict=True)]
+    lost = [max(n - kept, 0) for n, kept in zip(written, KEPT, strict=True)]
     assert value("written_tokens_total") == sum(written)
     assert value("evicted_tokens_total", phase="prompt") == sum(in_prompt)
     assert value("evicted_tokens_total", phase="output") == sum(lost) - sum(in_prompt)
@@ -69,7 +73,7 @@ def test_the_kept_ratio_of_every_finished_request_is_observed(served: Any) -> No
     written = [length + TOKENS - 1 for length in LENGTHS]
     assert value("request_kept_ratio_count") == len(LENGTHS)
     assert value("request_kept_ratio_sum") == pytest.approx(
-        sum(min(1, BUDGET / tokens) for tokens in written)
+        sum(min(1, kept / n) for n, kept in zip(written, KEPT, strict=True))
     )
     assert value("request_kept_ratio_bucket", le="0.999") == 3
 

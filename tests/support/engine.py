@@ -41,18 +41,42 @@ def engine(
         shut_down(llm)
 
 
-def greedy(
-    llm: Any, prompts: Sequence[list[int]], tokens: int = 300
-) -> list[list[int]]:
-    """Greedy continuations of token-id prompts, all submitted at once."""
+def generate(
+    llm: Any, prompts: Sequence[list[int]], tokens: int, budgets: Sequence[Any]
+) -> Any:
+    """VLLM's outputs of greedy requests, all submitted at once.
+
+    Args:
+        llm: The engine.
+        prompts: Token ids.
+        tokens: Of every answer.
+        budgets: ``kv_budget`` of every request, None for none.
+
+    """
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
-    )
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-    )
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if budget is None else {"kv_budget": budget},
+        )
+        for budget in budgets
+    ]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, params, use_tqdm=False)
+
+
+def greedy(
+    llm: Any,
+    prompts: Sequence[list[int]],
+    tokens: int = 300,
+    budgets: Sequence[Any] | None = None,
+) -> list[list[int]]:
+    """Greedy continuations of token-id prompts, see `generate`."""
+    outputs = generate(llm, prompts, tokens, budgets or [None] * len(prompts))
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

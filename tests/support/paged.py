@@ -89,7 +89,7 @@ class PagedLayer:
     def _round(self, pieces, q, k, v) -> None:  # type: ignore[no-untyped-def]
         from hashevict_vllm.attention.cpu.metadata import round_arrays
 
-        arrays = round_arrays(Pieces.of(pieces), self.policy.budget)
+        arrays = round_arrays(Pieces.of(pieces))
         common = (
             self.block_table,
             self.projection,
@@ -112,6 +112,7 @@ class PagedLayer:
             arrays["positions"],
             arrays["slots"],
             arrays["evict"],
+            arrays["recent"],
             arrays["requests"],
             *common,
         )
@@ -121,7 +122,6 @@ class PagedLayer:
             places,
             arrays["replay"],
             *common,
-            self.policy.budget,
         )
 
     def live(self, request: int) -> tuple[torch.Tensor, ...]:

@@ -165,6 +165,8 @@ class TritonLayer:
             torch.tensor(starts, **ints),
             torch.tensor(lens, **ints),
             torch.tensor(prompts, **ints),
+            torch.full((num,), self.policy.budget, **ints),
+            torch.full((num,), self.policy.recent, **ints),
             done,
             pieces,
             live,

@@ -40,7 +40,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from hashevict_vllm.cache.lookup import snapshot_keys
 from hashevict_vllm.cache.prefix import PrefixCachingManager
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
+from hashevict_vllm.request_budget import KEY, asked_budget, policy_with
 from hashevict_vllm.resolved import ResolvedKVPolicy
+from hashevict_vllm.reuse import reuse_of
 
 
 class Slot(NamedTuple):
@@ -119,7 +121,8 @@ class Row:
 
     blocks: list[int]
     prompt_len: int
-    done: int = 0
+    done: int
+    policy: ResolvedKVPolicy
 
 
 @dataclass
@@ -142,6 +145,7 @@ class PaperEngine:
         block_size: N.
         num_blocks: Blocks of the pool, with vLLM's null block.
         lag: Steps that are planned before the first of them has run.
+        budgets: That requests may ask for.
         hits: Tokens of hits, by request, at its first admission.
         preempted_fresh: Preemptions in the pass that had put blocks under hashes.
 
@@ -152,11 +156,15 @@ class PaperEngine:
     block_size: int
     num_blocks: int
     lag: int = 0
+    budgets: tuple[int | None, ...] = (None,)
     hits: dict[str, int] = field(default_factory=dict)
     preempted_fresh: int = 0
 
     def __post_init__(self) -> None:
         init_none_hash(sha256)
+        self.policies = {
+            asked: policy_with(self.policy, asked) for asked in self.budgets
+        }
         stock = FullAttentionSpec(
             block_size=self.block_size,
             num_kv_heads=1,
@@ -202,9 +210,16 @@ class PaperEngine:
     # -- what a user does ----------------------------------------------------------
 
     def add(
-        self, name: str, prompt: list[int], max_tokens: int, priority: int = 0
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int,
+        priority: int = 0,
+        budget: int | None = None,
     ) -> None:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, extra_args={KEY: budget}
+        )
         params.update_from_generation_config({}, 0)
         request = Request(
             name,
@@ -290,8 +305,9 @@ class PaperEngine:
     def _update_rows(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
             (blocks,) = new.block_ids
-            row = Row(list(blocks), len(new.prompt_token_ids), new.num_computed_tokens)
-            self.rows[new.req_id] = row
+            counts = (len(new.prompt_token_ids), new.num_computed_tokens)
+            policy = self.policies[asked_budget(new.sampling_params.extra_args)]
+            self.rows[new.req_id] = Row(list(blocks), *counts, policy)
         old = output.scheduled_cached_reqs
         for name, blocks, done in zip(
             old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True
@@ -314,9 +330,14 @@ class PaperEngine:
         row, tokens = self.rows[name], self.tokens[name]
         end = row.done + count
         numbers = prefixes(tokens[:end])
-        made = LiveSet(self.policy, row.prompt_len)
+        made = LiveSet(row.policy, row.prompt_len)
         made.read(numbers, row.done)
         found = list(self._slots(row))[: made.used]
+        reuse = reuse_of(row.policy, self.block_size, row.prompt_len)
+        if reuse.never_overwrites(row.prompt_len + self.requests[name].max_tokens):
+            # It reads K and V alone, and so shares what others have voted on, or keep
+            # no more.
+            found = [slot._replace(votes=0, marked=False) for slot in found]
         assert found == made.slots[: made.used], f"{name} at {row.done}"
         before = list(made.slots)
         made.read(numbers, end)
@@ -365,12 +386,20 @@ class PaperEngine:
             self.made_by[make_block_hash_with_group_id(key, 0)] = raw
             if segment == 1 or end % segment:
                 continue
-            made = LiveSet(self.policy, end + 1)
-            made.read(numbers, end)
-            live = -(-self.policy.budget // size)
-            for row, snapshot in enumerate(snapshot_keys(key, live)):
-                slots = made.slots[: made.used][row * size : (row + 1) * size]
-                self.made_by[make_block_hash_with_group_id(snapshot, 0)] = slots
+            for policy in self.policies.values():
+                self._remember_snapshot(key, policy, numbers, end)
+
+    def _remember_snapshot(
+        self, key: Any, policy: ResolvedKVPolicy, numbers: list[int], end: int
+    ) -> None:
+        size, reuse = self.block_size, reuse_of(policy, self.block_size, end + 1)
+        if end <= policy.budget:
+            return
+        made = LiveSet(policy, end + 1)
+        made.read(numbers, end)
+        for row, snapshot in enumerate(snapshot_keys(key, reuse)):
+            slots = made.slots[: made.used][row * size : (row + 1) * size]
+            self.made_by[make_block_hash_with_group_id(snapshot, 0)] = slots
 
     def _check_cached(self, cached: list[tuple[Any, int]]) -> None:
         """Every page under a hash is what its prefix makes."""

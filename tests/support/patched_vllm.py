@@ -104,7 +104,7 @@ def main() -> None:
 
     job = json.load(sys.stdin)
     with engine(job["model"], job["policy"], **job["options"]) as llm:
-        tokens = greedy(llm, job["prompts"], job["tokens"])
+        tokens = greedy(llm, job["prompts"], job["tokens"], job["budgets"])
     answer = {"tokens": tokens, "vllm": vllm.__path__[0], "in_vllm": in_vllm()}
     print(f"\n{json.dumps(answer)}")
 

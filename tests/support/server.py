@@ -13,7 +13,16 @@ import openai
 from hashevict_vllm.bench import server as bench
 from hashevict_vllm.bench.server import free_port, vllm_command
 
-__all__ = ["BUDGET", "MODEL", "Server", "free_port", "run", "serve", "server_env"]
+__all__ = [
+    "BUDGET",
+    "KEY",
+    "MODEL",
+    "Server",
+    "free_port",
+    "run",
+    "serve",
+    "server_env",
+]
 __all__ += ["vllm_command"]
 
 BUDGET = 1024
@@ -21,6 +30,9 @@ BUDGET = 1024
 
 MODEL = "smollm"
 """Its ``--served-model-name``."""
+
+KEY = "sesame"
+"""What `Server.client` sends; servers of tests/http that have an API key have this."""
 
 REQUEST_TIMEOUT_S = 300
 
@@ -41,7 +53,7 @@ class Server(bench.Server):
     def client(self, timeout: float = REQUEST_TIMEOUT_S) -> openai.OpenAI:
         """The official client; it never retries, so that a test sees every failure."""
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout
+            base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=timeout
         )
 
     def chat(self, model: str, question: str, tokens: int = 16) -> str:

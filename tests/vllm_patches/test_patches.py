@@ -26,6 +26,7 @@ from hashevict_vllm.vllm_patches import in_vllm
 POLICY = {"budget": 201, "segment": 64}
 # Every one begins as the one before, so that prefix caching has work to do.
 PROMPTS = [random_prompt(length, seed=3) for length in (20, 333, 700, 700)]
+BUDGETS = (None, 96, None, 177)
 TOKENS = 100
 
 
@@ -72,14 +73,14 @@ def test_patched_vllm_generates_the_same_tokens_without_run_time_patches(
     copy: Path, llama: Path
 ) -> None:
     job = {"model": str(llama), "policy": POLICY, "prompts": PROMPTS, "tokens": TOKENS}
-    job["options"] = {"enable_prefix_caching": True}
+    job |= {"budgets": BUDGETS, "options": {"enable_prefix_caching": True}}
     done = run(copy, "-m support.patched_vllm", input=json.dumps(job))
     assert done.returncode == 0, done.stderr[-4000:]
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["vllm"] == str(copy / "vllm")
     assert answer["in_vllm"] == dict.fromkeys(RUN_TIME_PATCHES, True)
     with engine(llama, POLICY) as llm:
-        assert answer["tokens"] == greedy(llm, PROMPTS, TOKENS)
+        assert answer["tokens"] == greedy(llm, PROMPTS, TOKENS, BUDGETS)
 
 
 def test_patched_vllm_keeps_prompts_out_of_decode_graphs_itself(copy: Path) -> None:

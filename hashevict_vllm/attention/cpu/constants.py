@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def rule_array(policy: ResolvedKVPolicy) -> np.ndarray:
-    """What kernels know of a rule: int64 [6].
+    """What kernels know of a rule: int64 [5].
 
-    Sinks, recent, kind of score, seed, pool, vote_every.
+    Sinks, kind of score, seed, pool, vote_every.
     """
     code = make_rule(policy).kernel_code
-    numbers = [policy.sinks, policy.recent, code, policy.seed, policy.pool]
+    numbers = [policy.sinks, code, policy.seed, policy.pool]
     return np.array([*numbers, policy.vote_every], np.int64)
 
 
@@ -52,7 +52,7 @@ class KernelConstants:
         projection: float32 [D * b], row-major.
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
-        rule: int64 [6], see `rule_array`.
+        rule: int64 [5], see `rule_array`.
         strengths: float32 [3], see `vote_strengths`.
         openmp: int64 [2], see `find_openmp`.
 
@@ -64,7 +64,6 @@ class KernelConstants:
     rule: np.ndarray
     strengths: np.ndarray
     openmp: np.ndarray
-    budget: int
 
     @classmethod
     def build(cls, layer: Any, spec: BudgetedAttentionSpec) -> KernelConstants:
@@ -100,5 +99,4 @@ class KernelConstants:
             rule=rule_array(policy),
             strengths=vote_strengths(policy, layer.impl.scale, spec.head_size),
             openmp=find_openmp(),
-            budget=policy.budget,
         )

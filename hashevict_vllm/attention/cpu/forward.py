@@ -50,6 +50,7 @@ class BudgetedImplMixin(BudgetedImpl):
                 part.positions,
                 part.slots,
                 part.evict,
+                part.recent,
                 part.requests,
                 *common,
             )
@@ -63,7 +64,6 @@ class BudgetedImplMixin(BudgetedImpl):
                     places,
                     part.replay,
                     *common,
-                    constants.budget,
                 )
                 EVICTION_SECONDS.add(perf_counter() - begin)
 

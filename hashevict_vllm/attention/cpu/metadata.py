@@ -10,8 +10,13 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hashevict_vllm.attention.cpu.constants import KernelConstants
-from hashevict_vllm.attention.lengths import first_layer, host_lens, host_prompt_lens
-from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
+from hashevict_vllm.attention.lengths import (
+    first_layer,
+    host_lens,
+    host_prompt_lens,
+    own_budgets,
+)
+from hashevict_vllm.attention.rounds import Budgets, Pieces, as_rows, cut_step
 from hashevict_vllm.shared import EVICTION_SECONDS
 
 if TYPE_CHECKING:
@@ -30,8 +35,9 @@ class Round:
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to, or the number of live slots if evicting.
         evict: bool [n].
+        recent: int32 [n], the most recent tokens that are never evicted.
         requests: int32 [n], rows of the block table.
-        replay: int32 [m, 8], pieces that vote or whose segment overflows the budget,
+        replay: int32 [m, 10], pieces that vote or whose segment overflows the budget,
             as `kernels.cpu.launch.replay_segments` takes them.
         inner: The inner backend's metadata for this call.
 
@@ -42,6 +48,7 @@ class Round:
     positions: np.ndarray
     slots: np.ndarray
     evict: np.ndarray
+    recent: np.ndarray
     requests: np.ndarray
     replay: np.ndarray
     inner: Any
@@ -66,21 +73,22 @@ class BudgetedMetadata:
 
 
 REPLAYED = (
-    *("request", "start", "count", "row", "slot"),
+    *("request", "start", "count", "row", "slot", "budget", "recent"),
     *("compact", "first_voter", "ballots"),
 )
 """Columns of `Round.replay`."""
 
 
-def round_arrays(pieces: Pieces, budget: int) -> dict[str, np.ndarray]:
+def round_arrays(pieces: Pieces) -> dict[str, np.ndarray]:
     """Token-wise and piece-wise arrays of one round, as `Round` holds them."""
     return {
         "token_rows": pieces.token_rows().astype(np.int32),
         "positions": pieces.tokens(pieces.start).astype(np.int32),
         "slots": pieces.tokens(pieces.slot).astype(np.int32),
         "evict": pieces.per_token(pieces.evict),
+        "recent": pieces.per_token(pieces.recent).astype(np.int32),
         "requests": pieces.per_token(pieces.request).astype(np.int32),
-        "replay": pieces.table(REPLAYED)[pieces.reduced(budget)],
+        "replay": pieces.table(REPLAYED)[pieces.reduced],
     }
 
 
@@ -127,11 +135,13 @@ class BudgetedMetadataBuilderMixin:
             raise RuntimeError(
                 "vLLM passed no prompt lengths to the attention metadata builder."
             )
+        policy = self.kv_cache_spec.policy
         cut = cut_step(
-            self.kv_cache_spec.policy,
+            policy,
             common.query_start_loc_cpu.numpy(),
             host_lens(common).numpy(),
             prompt_lens.numpy(),
+            Budgets.of(policy, common.num_reqs, own_budgets()),
         )
         return BudgetedMetadata(
             rounds=[self._build_round(common, pieces) for pieces in cut],
@@ -161,5 +171,5 @@ class BudgetedMetadataBuilderMixin:
         return Round(
             rows=torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows,
             inner=super().build(0, common.replace(**changes)),  # type: ignore[misc]
-            **round_arrays(pieces, self.kv_cache_spec.policy.budget),
+            **round_arrays(pieces),
         )

@@ -14,7 +14,7 @@ from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.arguments import Estimate, Scratch, Signed
 from hashevict_vllm.kernels.triton.rule import DeviceRule
-from hashevict_vllm.plan import most_slots
+from hashevict_vllm.plan import most_reduced_slots, most_slots
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,7 +42,8 @@ class DeviceConstants:
         rule: What the kernels are compiled for.
         projection: float32 [D, b].
         estimate: How rules that vote guess attention.
-        bound: Most slots of any request.
+        bound: Most slots of any request,
+        reduced_bound: and of those that are reduced.
         signatures: int32 [T, Hkv, G + 1, W], of the step; layers use it in turn.
         squares: float32 [T, Hkv, G + 1], likewise.
         scratch: Of ballots, likewise.
@@ -54,6 +55,8 @@ class DeviceConstants:
         done: int32 [R], see `ops.plan`.
         token_piece: int32 [T], see `ops.plan`.
         no_prompt: int32 [R], zeros: in decode every token lies behind its prompt.
+        budgets: int32 [R], C of the server, for steps whose requests all have that;
+        recents: int32 [R], likewise.
 
     """
 
@@ -61,6 +64,7 @@ class DeviceConstants:
     projection: torch.Tensor
     estimate: Estimate
     bound: int
+    reduced_bound: int
     signatures: torch.Tensor
     squares: torch.Tensor
     scratch: Scratch
@@ -72,6 +76,8 @@ class DeviceConstants:
     done: torch.Tensor
     token_piece: torch.Tensor
     no_prompt: torch.Tensor
+    budgets: torch.Tensor
+    recents: torch.Tensor
 
     @classmethod
     def build(
@@ -125,6 +131,7 @@ class DeviceConstants:
                 policy.decay,
             ),
             bound=most_slots(policy, longest),
+            reduced_bound=most_reduced_slots(policy, longest),
             signatures=ints(tokens, heads, group + 1, rule.hashed),
             squares=torch.zeros(
                 (tokens, heads, group + 1), dtype=torch.float32, device=device
@@ -142,6 +149,8 @@ class DeviceConstants:
             done=ints(requests),
             token_piece=ints(tokens),
             no_prompt=ints(requests),
+            budgets=ints(requests).fill_(policy.budget),
+            recents=ints(requests).fill_(policy.recent),
         )
 
     def signed(self, num_tokens: int) -> Signed:

@@ -86,7 +86,7 @@ class DeviceImplMixin(BudgetedImpl):
             launches.write(part)
             self.attend(quantised, part.rows, part.inner())
             launches.finish(part)
-        if step.layer is constants.last:
+        if step.layer is constants.last and not constants.fork.ends_with_model:
             constants.fork.join()  # within the CUDA graph that it is a branch of
 
     def _with_quantised_queries(self, step: LayerStep) -> LayerStep:

@@ -68,8 +68,8 @@ class Launches:
         if part.reduced is not None:
             signed, step = c.signed(len(self.tokens.k)), self._step(part.reduced, None)
             layer = (self.tokens, signed, step, self.page)
-            ops.mark(*layer, c.estimate, c.rule, c.bound, part.longest)
-            ops.compact(step, self.page, c.rule, c.bound)
+            ops.mark(*layer, c.estimate, c.rule, c.reduced_bound, part.longest)
+            ops.compact(step, self.page, c.rule, c.reduced_bound)
 
     def load_kernels(self, part: DeviceRound) -> None:
         """Compile all that serving can reach, before a request waits for it: no-ops.
@@ -113,8 +113,9 @@ class Launches:
         none, buffers = c.no_prompt[:1], (c.done[:1], c.pieces[:1], c.live[:1])
         made_up = torch.zeros(1, dtype=torch.int64, device=none.device)
         done, pieces, live = map(zeros, buffers)
-        plan = (c.no_prompt[:2], none, none, done, pieces, live, zeros(c.token_piece))
-        ops.plan(*plan, c.rule, True, made_up)
+        kept = (c.budgets[:1], c.recents[:1])
+        plan = (c.no_prompt[:2], none, none, *kept, done, pieces, live)
+        ops.plan(*plan, zeros(c.token_piece), c.rule, True, made_up)
 
     def _step(self, pieces: torch.Tensor, token_piece: torch.Tensor | None) -> Step:
         return Step.of(pieces, token_piece, self.table, self.page.tail.shape[1])

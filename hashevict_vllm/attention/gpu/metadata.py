@@ -21,8 +21,12 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from hashevict_vllm.attention.gpu.constants import DeviceConstants
 from hashevict_vllm.attention.inner import InnerBackend
-from hashevict_vllm.attention.lengths import host_lens, host_prompt_lens
-from hashevict_vllm.attention.rounds import Pieces, as_rows, cut_step
+from hashevict_vllm.attention.lengths import (
+    host_lens,
+    host_prompt_lens,
+    own_budgets,
+)
+from hashevict_vllm.attention.rounds import Budgets, Pieces, as_rows, cut_step
 from hashevict_vllm.kernels.triton import ops
 from hashevict_vllm.kernels.triton.pieces import NAMES
 
@@ -40,6 +44,8 @@ class DeviceRound:
         pieces: int32 [P, columns], see `hashevict_vllm.kernels.triton.pieces`.
         token_piece: int32 [T], row of ``pieces`` of every token, -1 for none; None
             where every piece has one token.
+        inner: Returns the inner backend's metadata for this call; to be called right
+            before it.
         rows: Rows of q, k, v that take part: int64 [n], or a slice; None for all.
         decodes: Whether it was planned on the device: all may evict, none is reduced.
         copies: Whether any token takes the slot that its piece names.
@@ -48,21 +54,19 @@ class DeviceRound:
         reduced: int32 [P', columns], pieces that overflow the budget, or whose segment
             is voted on; None for none.
         longest: Positions, at least of every token of ``reduced``.
-        inner: Returns the inner backend's metadata for this call; to be called right
-            before it.
 
     """
 
     pieces: torch.Tensor
     token_piece: torch.Tensor | None
-    rows: torch.Tensor | slice | None
-    decodes: bool
-    copies: bool
-    evicting: torch.Tensor | None
-    voting: torch.Tensor | None
-    reduced: torch.Tensor | None
-    longest: int
     inner: Callable[[], Any]
+    rows: torch.Tensor | slice | None = None
+    decodes: bool = False
+    copies: bool = False
+    evicting: torch.Tensor | None = None
+    voting: torch.Tensor | None = None
+    reduced: torch.Tensor | None = None
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class DeviceMetadataBuilderMixin:
     ) -> None:
         """Build the inner builder, then the buffers."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self._kept_for: tuple[int, dict[int, int]] = (0, {})
+        self._kept: tuple[np.ndarray, torch.Tensor, torch.Tensor]
         layers = vllm_config.compilation_config.static_forward_context
         ordered = [layers[name] for name in layers if name in set(layer_names)]
         self.constants = DeviceConstants.build(
@@ -207,12 +213,15 @@ class DeviceMetadataBuilderMixin:
         """One token of every request, planned on the device from its lengths."""
         constants, num = self.constants, common.num_reqs
         constants.fork.join()  # the step before has read the plan that is made now
+        most, budgets, recents = self._budgets(num)
         pieces, live = constants.pieces[:num], constants.live[:num]
         token_piece = constants.token_piece[: common.num_actual_tokens]
         ops.plan(
             common.query_start_loc,
             common.seq_lens[:num],
             constants.no_prompt[:num],
+            budgets,
+            recents,
             constants.done[:num],
             pieces,
             live,
@@ -222,26 +231,25 @@ class DeviceMetadataBuilderMixin:
             common.slot_mapping,
         )
         upper = common.seq_lens_cpu_upper_bound
-        inner = self._inner(
-            common,
-            seq_lens=live,
-            # Exact, as the bound is without speculative decoding.
-            seq_lens_cpu_upper_bound=(
-                None if upper is None else upper.clamp(max=constants.rule.budget)
-            ),
-        )
-        return DeviceRound(
-            pieces=pieces,
-            token_piece=token_piece,
-            rows=None,
-            decodes=True,
-            copies=False,
-            evicting=None,
-            voting=None,
-            reduced=None,
-            longest=0,
-            inner=_always(inner),
-        )
+        if upper is not None:  # exact, without speculative decoding
+            upper = upper[:num].minimum(torch.from_numpy(most).to(upper.dtype))
+        inner = self._inner(common, seq_lens=live, seq_lens_cpu_upper_bound=upper)
+        return DeviceRound(pieces, token_piece, _always(inner), decodes=True)
+
+    def _budgets(self, num: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """C of a decode step's requests on the host; it and ``recent`` on the device.
+
+        A batch stays the same for many steps, and so do the tensors.
+        """
+        constants, own = self.constants, own_budgets()
+        if (num, own) != self._kept_for:
+            kept = Budgets.of(self.kv_cache_spec.policy, num, own)
+            budgets, recents = constants.budgets[:num], constants.recents[:num]
+            if own:
+                budgets = self._to_device(kept.budget.astype(np.int32))
+                recents = self._to_device(kept.recent.astype(np.int32))
+            self._kept_for, self._kept = (num, own), (kept.budget, budgets, recents)
+        return self._kept
 
     def _plan_nothing(self, common: CommonAttentionMetadata) -> DeviceRound:
         """Attention alone, over whatever the batch says; nothing is written."""
@@ -251,28 +259,20 @@ class DeviceMetadataBuilderMixin:
         nobody = torch.full(
             (common.num_actual_tokens,), -1, dtype=torch.int32, device=self.device
         )
-        return DeviceRound(
-            pieces=pieces,
-            token_piece=nobody,
-            rows=None,
-            decodes=False,
-            copies=False,
-            evicting=None,
-            voting=None,
-            reduced=None,
-            longest=0,
-            inner=_always(super().build(0, common)),  # type: ignore[misc]
-        )
+        inner = super().build(0, common)  # type: ignore[misc]
+        return DeviceRound(pieces, nobody, _always(inner))
 
     def _plan_chunks(
         self, common: CommonAttentionMetadata, prompt_lens: torch.Tensor
     ) -> list[DeviceRound]:
         """Cut every request's chunk, as `attention.cpu.metadata` does."""
+        policy = self.kv_cache_spec.policy
         cut = cut_step(
-            self.kv_cache_spec.policy,
+            policy,
             common.query_start_loc_cpu[: common.num_reqs + 1].numpy(),
             host_lens(common).numpy(),
             prompt_lens.numpy(),
+            Budgets.of(policy, common.num_reqs, own_budgets()),
         )
         return [self._round(common, one, alone=len(cut) == 1) for one in cut]
 
@@ -291,7 +291,7 @@ class DeviceMetadataBuilderMixin:
         token_piece = np.full(num, -1, np.int32)
         token_piece[token_rows] = pieces.per_token(np.arange(len(pieces.request)))
         rows = as_rows(token_rows, num)
-        again = pieces.reduced(self.kv_cache_spec.policy.budget)
+        again = pieces.reduced
         voting = again & (pieces.ballots > 0) & (pieces.first_voter < pieces.count)
         reduced = again & ~voting
         evicting = pieces.row[pieces.evict].astype(np.int32)
@@ -321,14 +321,13 @@ class DeviceMetadataBuilderMixin:
         return DeviceRound(
             pieces=self._to_device(table_of_pieces),
             token_piece=self._to_device(token_piece),
+            inner=inner,
             rows=self._to_device(rows) if isinstance(rows, np.ndarray) else rows,
-            decodes=False,
             copies=len(evicting) < len(live),
             evicting=self._unless_empty(evicting),
             voting=self._unless_empty(table_of_pieces[voting]),
             reduced=self._unless_empty(table_of_pieces[reduced]),
             longest=int(ends.max(initial=0)),
-            inner=inner,
         )
 
     def _unless_empty(self, host: np.ndarray) -> torch.Tensor | None:

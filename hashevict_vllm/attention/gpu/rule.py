@@ -28,7 +28,6 @@ def device_rule(policy: ResolvedKVPolicy) -> DeviceRule:
         words=rule.words,
         bits=rule.projected_bits,
         sinks=policy.sinks,
-        recent=policy.recent,
         salt=make_salt(policy.seed),
         budget=policy.budget,
         segment=policy.segment,

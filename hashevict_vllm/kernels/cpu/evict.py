@@ -45,6 +45,7 @@ class Evicting(NamedTuple):
         row: Of q, k and v.
         t: Its position.
         num_slots: Live slots of its request.
+        recent: The most recent tokens that its request never evicts.
         blocks: int32 [..], blocks of its request.
 
     """
@@ -52,6 +53,7 @@ class Evicting(NamedTuple):
     row: np.int64
     t: np.int64
     num_slots: np.int64
+    recent: np.int64
     blocks: np.ndarray
 
 
@@ -142,7 +144,7 @@ def describe_new(pages, rule, tokens, token, head, scratch, chosen):
 def choose_victims(pages, rule, token, low, high, scratch, chosen):
     """Choose victims in heads [low, high) and write what slots keep of the token."""
     block_size, blocks, t = pages.block_size, token.blocks, token.t
-    num_slots, scores = token.num_slots, scratch.scores
+    num_slots, recent, scores = token.num_slots, token.recent, scratch.scores
     merged, best = chosen.merged, chosen.best
     scores[:] = np.int32(0)
     for head in range(low, high):
@@ -154,13 +156,32 @@ def choose_victims(pages, rule, token, low, high, scratch, chosen):
             if ahead < num_slots:
                 prefetch_rows(pages, blocks, ahead, ahead + 1, head, row, last_row)
             scan_block(
-                pages, rule, blocks, first, num_slots, head, t, merged, scores, best
+                pages,
+                rule,
+                blocks,
+                first,
+                num_slots,
+                head,
+                t,
+                recent,
+                merged,
+                scores,
+                best,
             )
     for head in range(low, high):
         slot = best_slot(best[head])
         if rule.score == KEY_DIFF:
             slot = find_victim(
-                pages, rule, blocks, num_slots, head, t, merged, scores, best
+                pages,
+                rule,
+                blocks,
+                num_slots,
+                head,
+                t,
+                recent,
+                merged,
+                scores,
+                best,
             )
         if slot < 0:
             raise RuntimeError("no slot may be evicted")

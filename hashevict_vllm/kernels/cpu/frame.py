@@ -25,6 +25,7 @@ from hashevict_vllm.kernels.cpu.slots import (
     FP16_REBIAS,
     elements_of,
     load_key,
+    prefetch_rows,
     row_size,
     tail_of,
     word_of,
@@ -40,6 +41,9 @@ tokens is described at once. What is left is described by the ballot that reads 
 (`describe_missing`), as are tokens that overwrite a slot. The frame is made once for
 all of them, and requests that end below their budget pay next to nothing.
 """
+
+TAILS_AHEAD = 8
+"""Blocks whose tails are asked for ahead of the search for what is not described."""
 
 _FAST = {"contract", "reassoc", "nsz"}
 
@@ -123,6 +127,13 @@ def _normalise(x, square):
 
 
 @njit
+def _drop_infinite(x):
+    """Put 0 in the place of elements of float64 x [D] that are not finite."""
+    for d in range(len(x)):
+        x[d] = x[d] if abs(x[d]) < np.inf else 0.0
+
+
+@njit
 def frame_of(pages, blocks, head, lanes, sinks, x, frame):
     """Write the frame of a (request, KV head), `KeyFrame.of`; all sinks must be there.
 
@@ -136,6 +147,8 @@ def frame_of(pages, blocks, head, lanes, sinks, x, frame):
         load_key(pages, blocks, 0, head, x)
         for d in range(dim):
             one[d] = x[d]
+    _drop_infinite(centre)
+    _drop_infinite(one)
     _normalise(one, _dot(one, one))
     shared = _dot(centre, one)
     for d in range(dim):
@@ -231,9 +244,16 @@ def describe_slots(pages, rule, blocks, first, end, head, frame, scratch):
 
 @njit
 def describe_missing(pages, rule, blocks, num_slots, head, frame, scratch):
-    """Describe those of the first ``num_slots`` slots that nobody has described."""
+    """Describe those of the first ``num_slots`` slots that nobody has described.
+
+    It is the first to look at a page's tail, of which the ballot will read all.
+    """
     block_size, row = pages.block_size, (pages.words - 2) * row_size(pages)
+    ahead, rows = TAILS_AHEAD * block_size, pages.words + 1
+    prefetch_rows(pages, blocks, 0, min(num_slots, ahead), head, 0, rows)
     for first in range(0, num_slots, block_size):
+        end = min(num_slots, first + ahead + block_size)
+        prefetch_rows(pages, blocks, first + ahead, end, head, 0, rows)
         at = tail_of(pages, blocks, first, head) + row
         packed = pages.tail[at : at + min(block_size, num_slots - first)]
         missing = np.int32(0)

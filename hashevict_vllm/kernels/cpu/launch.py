@@ -33,6 +33,7 @@ def write_tokens(
     positions,
     slots,
     evict,
+    recent,
     requests,
     block_table,
     projection,
@@ -56,6 +57,7 @@ def write_tokens(
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to; the number of live slots if evicting.
         evict: bool [n], whether to overwrite the victim instead of appending.
+        recent: int32 [n], the most recent tokens that are never evicted.
         requests: int32 [n], rows of the block table.
         block_table: int32 [R, max blocks].
         projection: float32 [D * b], R row-major; empty where the rule hashes nothing.
@@ -63,7 +65,7 @@ def write_tokens(
         v_map: int32 [N, D], the same for V.
         geometry: int64 [9]: H, N, D, W, element stride and word stride of a block,
             first tail word of a page, element kind, b.
-        rule: int64 [6]: sinks, recent, kind of score (`codes`), seed, pool, vote_every.
+        rule: int64 [5]: sinks, kind of score (`codes`), seed, pool, vote_every.
         strengths: float32 [3]: factor of the hashed part of a logit, decay, softmax
             scale.
         openmp: int64 [2], as `hashevict_vllm.kernels.cpu.openmp.find_openmp`.
@@ -87,6 +89,7 @@ def write_tokens(
                 unowned(positions),
                 unowned(slots),
                 unowned(evict),
+                unowned(recent),
                 unowned(requests),
                 unowned(block_table),
             ),
@@ -121,7 +124,6 @@ def replay_segments(
     rule,
     strengths,
     openmp,
-    budget,
 ):
     """Replay the decode rule for tokens beyond the budget; compact complete segments.
 
@@ -133,7 +135,7 @@ def replay_segments(
         elements: As `write_tokens`, here only moved.
         tail: As `write_tokens`; holds the piece's signatures and positions already.
         places: As `write_tokens`.
-        pieces: int32 [n, 8], rows as `hashevict_vllm.kernels.cpu.replay.Piece`.
+        pieces: int32 [n, 10], rows as `hashevict_vllm.kernels.cpu.replay.Piece`.
         block_table: int32 [R, max blocks].
         projection: As `write_tokens`.
         k_map: int32 [N, D].
@@ -142,7 +144,6 @@ def replay_segments(
         rule: As `write_tokens`.
         strengths: As `write_tokens`.
         openmp: As `write_tokens`.
-        budget: C.
 
     Raises:
         RuntimeError: If a part of the segments was not reduced.
@@ -157,7 +158,6 @@ def replay_segments(
             tokens_at(places, elements),
             unowned(pieces),
             unowned(block_table),
-            budget,
         ),
         items,
         openmp[0],
@@ -177,10 +177,11 @@ def warm_up(dtype: np.dtype) -> None:
     elements, tail = np.zeros(1, dtype), np.zeros(1, np.int32)
     places = (0, 0, 0, 0, 0, 0, 0, 1)
     none, table = np.zeros(0, np.int32), np.zeros((1, 1), np.int32)
-    geometry, rule = np.ones(9, np.int64), np.zeros(6, np.int64)
+    geometry, rule = np.ones(9, np.int64), np.zeros(5, np.int64)
     floats = np.zeros(3, np.float32)
     openmp = np.array([0, 1], np.int64)
     common = (table, floats, table, table, geometry, rule, floats, openmp)
-    no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 8), np.int32)
-    write_tokens(elements, tail, places, none, none, none, no_flags, none, *common)
-    replay_segments(elements, tail, places, no_pieces, *common, 1)
+    no_flags, no_pieces = np.zeros(0, bool), np.zeros((0, 10), np.int32)
+    tokens = (none, none, none, no_flags, none, none)
+    write_tokens(elements, tail, places, *tokens, *common)
+    replay_segments(elements, tail, places, no_pieces, *common)

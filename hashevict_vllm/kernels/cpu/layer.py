@@ -54,7 +54,6 @@ class Rule(NamedTuple):
     Attributes:
         score: Kind of score (`hashevict_vllm.kernels.codes`).
         sinks: Positions below this are protected.
-        recent: Positions above ``t - 1 - recent`` are protected.
         seed: Of random scores.
         pool: Positions over which votes are pooled.
         vote_every: In decode, one token of so many votes.
@@ -68,7 +67,6 @@ class Rule(NamedTuple):
 
     score: int
     sinks: int
-    recent: int
     seed: int
     pool: int
     vote_every: int
@@ -162,12 +160,11 @@ def pages_of(elements, tail, k_map, v_map, geometry):
 def rule_of(rule, projection, bits, strengths):
     """`Rule` of what `kernels.cpu.launch.write_tokens` takes, unowned."""
     return Rule(
-        rule[2],
-        rule[0],
         rule[1],
+        rule[0],
+        rule[2],
         rule[3],
         rule[4],
-        rule[5],
         unowned(projection),
         bits,
         strengths[0],

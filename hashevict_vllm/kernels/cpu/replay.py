@@ -35,6 +35,8 @@ class Piece(NamedTuple):
         length: Tokens.
         row: Of q, k and v, of its first token.
         slot: Where that lies.
+        budget: C of its request.
+        recent: The most recent tokens that its request never evicts.
         compact: Whether the segment ends with it.
         first_voter: Number of the first token that votes, ``length`` if none does.
         vote_every: Distance of voting tokens; 0 in a segment, where all that follow
@@ -47,6 +49,8 @@ class Piece(NamedTuple):
     length: np.int64
     row: np.int64
     slot: np.int64
+    budget: np.int64
+    recent: np.int64
     compact: np.int64
     first_voter: np.int64
     vote_every: np.int64
@@ -54,7 +58,7 @@ class Piece(NamedTuple):
 
 @njit
 def _piece_of(row):
-    """`Piece` of int32 [8]."""
+    """`Piece` of int32 [10]."""
     return Piece(
         np.int64(row[0]),
         np.int64(row[1]),
@@ -64,11 +68,13 @@ def _piece_of(row):
         np.int64(row[5]),
         np.int64(row[6]),
         np.int64(row[7]),
+        np.int64(row[8]),
+        np.int64(row[9]),
     )
 
 
 @njit
-def _vote(pages, rule, tokens, piece, blocks, head, lanes, budget, scratch, frame):
+def _vote(pages, rule, tokens, piece, blocks, head, lanes, scratch, frame):
     """Cast the votes of a piece, and mark who loses if it is the segment's last.
 
     A token that evicted (``slot`` is the budget) votes on the others among the live
@@ -78,7 +84,7 @@ def _vote(pages, rule, tokens, piece, blocks, head, lanes, budget, scratch, fram
     if piece.first_voter < piece.length:
         frame_of(pages, blocks, head, lanes, rule.sinks, scratch.x, frame)
         # Beyond the budget the token itself has taken a slot below.
-        there = min(end, budget) if piece.vote_every else end
+        there = min(end, piece.budget) if piece.vote_every else end
         describe_missing(pages, rule, blocks, there, head, frame, scratch)
     for i in range(piece.first_voter, piece.length, max(piece.vote_every, 1)):
         t = piece.start + i if piece.vote_every else -1
@@ -86,15 +92,16 @@ def _vote(pages, rule, tokens, piece, blocks, head, lanes, budget, scratch, fram
         cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t)
     if piece.compact:
         stop = piece.start + piece.length
-        mark_losers(pages, rule, blocks, end, head, stop, budget)
+        budget, recent = piece.budget, piece.recent
+        mark_losers(pages, rule, blocks, end, head, stop, budget, recent)
 
 
 @inlined
-def _replay_head(pages, rule, tokens, piece, blocks, head, budget, scratch, chosen):
+def _replay_head(pages, rule, tokens, piece, blocks, head, scratch, chosen):
     """Mark, for one (piece, KV head), the victims of the tokens beyond the budget."""
     words, size, sources = pages.words, row_size(pages), scratch.sources
     merged, scores, best = chosen.merged, scratch.scores, chosen.best
-    for i in range(max(budget - piece.slot, 0), piece.length):
+    for i in range(max(piece.budget - piece.slot, 0), piece.length):
         slot, t = piece.slot + i, piece.start + i
         if rule.score == HAMMING_TO_QUERY:
             row = piece.row + i
@@ -104,7 +111,18 @@ def _replay_head(pages, rule, tokens, piece, blocks, head, budget, scratch, chos
             for w in range(words):
                 sources[0, w] = pages.tail[at + w * size]
             merge(sources, merged[head])
-        victim = find_victim(pages, rule, blocks, slot, head, t, merged, scores, best)
+        victim = find_victim(
+            pages,
+            rule,
+            blocks,
+            slot,
+            head,
+            t,
+            piece.recent,
+            merged,
+            scores,
+            best,
+        )
         if victim < 0:
             raise RuntimeError("no slot may be evicted")
         at = word_of(pages, blocks, victim, head) + words * size
@@ -142,10 +160,10 @@ def _compact_head(pages, blocks, head, budget, end):
 
 
 @njit
-def replay_items(pages, rule, tokens, pieces, block_table, budget, first, last):
+def replay_items(pages, rule, tokens, pieces, block_table, first, last):
     """Reduce items [first, last): piece by piece, head by head.
 
-    ``pieces`` int32 [n, 8], rows as `Piece`; ``block_table`` int32 [R, max blocks].
+    ``pieces`` int32 [n, 10], rows as `Piece`; ``block_table`` int32 [R, max blocks].
     """
     scratch = new_scratch(pages, rule, tokens)
     chosen = new_chosen(pages, scratch)
@@ -156,13 +174,9 @@ def replay_items(pages, rule, tokens, pieces, block_table, budget, first, last):
         piece, head = _piece_of(pieces[item // pages.heads]), item % pages.heads
         blocks = block_table[piece.request]
         if votes:
-            _vote(
-                pages, rule, tokens, piece, blocks, head, lanes, budget, scratch, frame
-            )
+            _vote(pages, rule, tokens, piece, blocks, head, lanes, scratch, frame)
         else:
-            _replay_head(
-                pages, rule, tokens, piece, blocks, head, budget, scratch, chosen
-            )
+            _replay_head(pages, rule, tokens, piece, blocks, head, scratch, chosen)
         if piece.compact:
             end = piece.slot + piece.length
-            _compact_head(pages, blocks, head, budget, end)
+            _compact_head(pages, blocks, head, piece.budget, end)

@@ -136,11 +136,14 @@ def _cosine_scores(pages, blocks, first, head, mean, score):
 
 
 @inlined
-def scan_block(pages, rule, blocks, first, num_slots, head, t, merged, score, best):
+def scan_block(
+    pages, rule, blocks, first, num_slots, head, t, recent, merged, score, best
+):
     """Score a block's slots, from ``first`` on, and keep the best of them.
 
-    Of ``merged`` [H, .., W] and ``best`` [H, BEST_SIZE] row ``head`` is used, see
-    `scan`. ``score`` int32 [N]: where a rule has no scores, the caller's count.
+    The ``recent`` positions before ``t`` are protected. Of ``merged`` [H, .., W] and
+    ``best`` [H, BEST_SIZE] row ``head`` is used, see `scan`. ``score`` int32 [N]: where
+    a rule has no scores, the caller's count.
     """
     block_size, words, size = pages.block_size, pages.words, row_size(pages)
     count, tail = min(block_size, num_slots - first), pages.tail
@@ -158,7 +161,7 @@ def scan_block(pages, rule, blocks, first, num_slots, head, t, merged, score, be
     elif rule.score == RANDOM:
         _random_scores(rule.seed, t, tail[position : position + block_size], score)
     if largest_score(score, count) >= best[head, TOP]:
-        lowest, highest = np.int64(rule.sinks), np.int64(t) - 1 - rule.recent
+        lowest, highest = np.int64(rule.sinks), np.int64(t) - 1 - recent
         keep_best(score, tail, position, count, first, lowest, highest, best, head)
 
 
@@ -177,7 +180,7 @@ def _random_scores(seed, t, position, score):
 
 
 @njit
-def find_victim(pages, rule, blocks, num_slots, head, t, merged, score, best):
+def find_victim(pages, rule, blocks, num_slots, head, t, recent, merged, score, best):
     """The unprotected slot with the largest score; ties go to the oldest position.
 
     Positions below the sinks or above ``t - 1 - recent`` are protected, slots marked
@@ -194,5 +197,17 @@ def find_victim(pages, rule, blocks, num_slots, head, t, merged, score, best):
         if distinct:
             here = score[: min(block_size, num_slots - first)]
             _cosine_scores(pages, blocks, first, head, mean, here)
-        scan_block(pages, rule, blocks, first, num_slots, head, t, merged, score, best)
+        scan_block(
+            pages,
+            rule,
+            blocks,
+            first,
+            num_slots,
+            head,
+            t,
+            recent,
+            merged,
+            score,
+            best,
+        )
     return best_slot(best[head])

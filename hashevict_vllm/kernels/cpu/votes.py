@@ -187,7 +187,7 @@ def _pool(position, votes, pool):
 
 
 @njit
-def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
+def mark_losers(pages, rule, blocks, num_slots, head, end, budget, recent):
     """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
 
     Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`); a
@@ -215,7 +215,7 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, budget):
         slot = order[i]
         if left == 0:
             break
-        if position[slot] < rule.sinks or position[slot] >= end - rule.recent:
+        if position[slot] < rule.sinks or position[slot] >= end - recent:
             continue
         at = word_of(pages, blocks, slot, head) + words * size
         tail[at] = ~position[slot]

@@ -42,6 +42,7 @@ class Writes(NamedTuple):
         positions: int32 [n].
         slots: int32 [n].
         evict: bool [n].
+        recent: int32 [n].
         requests: int32 [n].
         block_table: int32 [R, max blocks].
 
@@ -51,6 +52,7 @@ class Writes(NamedTuple):
     positions: np.ndarray
     slots: np.ndarray
     evict: np.ndarray
+    recent: np.ndarray
     requests: np.ndarray
     block_table: np.ndarray
 
@@ -62,6 +64,7 @@ def _evicting(writes, n):
         np.int64(writes.rows[n]),
         np.int64(writes.positions[n]),
         np.int64(writes.slots[n]),
+        np.int64(writes.recent[n]),
         writes.block_table[writes.requests[n]],
     )
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hashevict_vllm.kernels.triton.pieces import (
+    BUDGET,
     COMPACT,
     COUNT,
     NUM_COLUMNS,
@@ -94,10 +95,10 @@ def pair_kernel(
         return
     at = head_of(step, page, piece, head)
     end = tl.load(piece + SLOT) + tl.load(piece + COUNT)
-    holes = moves + row * width * 2
-    found = _list_slots(at, holes, 0, rule.budget, rule, sizes, TILE, True)
+    holes, budget = moves + row * width * 2, tl.load(piece + BUDGET)
+    found = _list_slots(at, holes, 0, budget, rule, sizes, TILE, True)
     tl.store(num_moves + row, found)
-    _list_slots(at, holes + 1, rule.budget, end, rule, sizes, TILE, False)
+    _list_slots(at, holes + 1, budget, end, rule, sizes, TILE, False)
 
 
 @triton.jit

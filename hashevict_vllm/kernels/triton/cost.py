@@ -10,7 +10,8 @@ are bytes over bandwidth. Whoever has a GPU compares with ``hashevict-vllm verif
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hashevict_vllm.kernels import codes
@@ -31,10 +32,15 @@ memory, half of that from the level 2 cache."""
 CYCLES = 4
 """Cycles until the next instruction of a warp may use a result."""
 
+FLOPS = 600e12
+"""Per second, what large products in bfloat16 reach on it, of 989e12 (data sheet)."""
+
 LAYERS = 32
 LAYER_WEIGHTS = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+QUERY_WEIGHTS = 2 * (4096 * 4096 + 2 * 4096 * 1024)
 HEAD_WEIGHTS = 2 * 4096 * 128256
-"""Llama-3.1-8B in bfloat16: bytes of a layer's weights, and of the last product's."""
+"""Llama-3.1-8B in bfloat16: bytes of a layer's weights, of those among them that come
+before attention, and of the last product's."""
 
 _ARCHITECTURE = 90
 
@@ -138,7 +144,9 @@ class Layer:
         beside: Our launch beside it and the MLP.
         percent: What a step takes longer than a stock one over as many slots, where
             nobody votes: at most seven of eight steps.
-        voting: The same where everybody does: the last layer waits for its ballot.
+        voting: The same where somebody does, as far as there is nothing that ballots
+            could run beside.
+        mean: The same of a step where requests vote as it comes, each in one of eight.
 
     """
 
@@ -147,8 +155,10 @@ class Layer:
     beside: Cost
     percent: float
     voting: float
+    mean: float
 
 
+@functools.cache
 def decode_layer(batch: int, budget: int) -> Layer:
     """One layer of Llama-3.1-8B with votes."""
     shape = Shape()
@@ -158,9 +168,14 @@ def decode_layer(batch: int, budget: int) -> Layer:
     before = write_cost(batch, budget)
     beside = ballot_cost(batch, budget)
     ours = LAYERS * before.microseconds
-    # The attention that the last ballot runs beside is not taken off.
-    most = ours + beside.microseconds
-    return Layer(stock, before, beside, 100 * ours / step, 100 * most / step)
+    # A ballot has time until the next layer writes, the last one until the model ends.
+    late = beside.microseconds - stock
+    too_late = late + QUERY_WEIGHTS / BANDWIDTH * 1e6
+    most = ours + (LAYERS - 1) * max(late, 0.0) + max(too_late, 0.0)
+    percent, voting = 100 * ours / step, 100 * most / step
+    share = 1 - (1 - 1 / shape.rule.every) ** batch  # of steps in which somebody votes
+    mean = percent + share * (voting - percent)
+    return Layer(stock, before, beside, percent, voting, mean)
 
 
 def table() -> list[str]:
@@ -183,19 +198,61 @@ def table() -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class Expectation:
+    """Where whoever times a GPU looks up what to expect.
+
+    Attributes:
+        layer: One layer of a decode step, of a batch and a budget.
+        prompt_microseconds: See there.
+        prompt_percent: See there.
+
+    """
+
+    layer: Callable[[int, int], Layer]
+    prompt_microseconds: Callable[[], float]
+    prompt_percent: Callable[[], float]
+
+
+TIMES = {"pool": 3}
+"""Launches of a kernel at the end of a segment, where it is more than one."""
+
+
+@functools.cache
+def prompt_microseconds() -> float:
+    """Of one layer: what ends a lone segment of 4,096 tokens, C = 1024."""
+    return sum(TIMES.get(name, 1) * c.microseconds for name, c in prompt_end().items())
+
+
+def reading_microseconds(segment: int = 4096) -> float:
+    """Of one layer: reading so many tokens, by products alone."""
+    shape = Shape()
+    weights = LAYER_WEIGHTS * segment  # bytes are twice the numbers, and so are FLOPs
+    attention = 2 * segment**2 * shape.heads * shape.group * shape.head_dim
+    return (weights + attention) / FLOPS * 1e6
+
+
+def prompt_percent() -> float:
+    """What the end of a lone segment of 4,096 tokens adds to reading it."""
+    return 100 * prompt_microseconds() / reading_microseconds()
+
+
 def prompt_table() -> list[str]:
     """What ends a segment as a Markdown table."""
     lines = [
         "| launch | instructions | loads in turn | waves | µs |",
         "|---|---:|---:|---:|---:|",
     ]
-    total = 0.0
     for name, c in prompt_end().items():
-        times = 3 if name == "pool" else 1
-        total += times * c.microseconds
+        times = TIMES.get(name, 1)
         label = f"`{name}`, three times" if times > 1 else f"`{name}`"
         lines.append(
             f"| {label} | {c.instructions:,} | {c.loads} | {c.waves} "
             f"| {times * c.microseconds:.1f} |"
         )
-    return [*lines, f"| together | | | | {total:.0f} |"]
+    together = f"| together | | | | {prompt_microseconds():.0f} |"
+    reading = f"| reading the segment | | | | {reading_microseconds():,.0f} |"
+    return [*lines, together, reading]
+
+
+ON_H100 = Expectation(decode_layer, prompt_microseconds, prompt_percent)

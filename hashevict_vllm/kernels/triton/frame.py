@@ -38,6 +38,12 @@ def load_key(page, elements, used):
 
 
 @triton.jit
+def _finite(x):
+    """X with 0 in the place of elements that are not finite."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
 def _unit(x):
     """X float64 [D] made of length 1; 0 stays 0."""
     length = tl.sqrt(tl.sum(x * x, 0))
@@ -66,8 +72,8 @@ def write_frame(frame, at, rule: tl.constexpr, sizes: tl.constexpr):
             x = load_key(at.page, row + d, used & (d < sizes.dim))
             first += tl.where(slot == 0, x, 0.0)
             centre += tl.where(slot == 0, 0.0, x)
-    centre = centre / max(rule.sinks - 1, 1)
-    one = _unit(first)
+    centre = _finite(centre / max(rule.sinks - 1, 1))
+    one = _unit(_finite(first))
     other = centre - tl.sum(centre * one, 0) * one
     parallel = tl.sum(other * other, 0) <= tl.sum(centre * centre, 0) * _PARALLEL
     two = _unit(tl.where(parallel, 0.0, other))

@@ -24,13 +24,13 @@ bounded as scans are."""
 DESCRIBE_TOKENS = 32
 """Slots described by one program: one variant for every length."""
 
-BALLOT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}
-"""It describes, projects and scans, which takes registers; so half as many threads."""
+BALLOT_OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 128}
+"""As `SCAN_OPTIONS`. It describes, projects and scans; with two stages it spills."""
 
 COPY_OPTIONS = {"num_warps": 1}
 """A program copies one row of K and of V."""
 
-VOTE_ELEMENTS = 1024
+VOTE_ELEMENTS = 2048
 """Query heads times slots per step of a vote, so that logits stay in registers."""
 
 BALLOT_PROGRAMS = 264

@@ -11,10 +11,12 @@ import triton.language as tl
 
 from hashevict_vllm.kernels.codes import NEIGHBOURS
 from hashevict_vllm.kernels.triton.pieces import (
+    BUDGET,
     COMPACT,
     COUNT,
     EVICT,
     NUM_COLUMNS,
+    RECENT,
     ROW,
     SLOT,
     START,
@@ -67,11 +69,12 @@ def replay_kernel(
     at = head_of(step, page, piece, head)
     start, row = tl.load(piece + START), tl.load(piece + ROW)
     slot, count = tl.load(piece + SLOT), tl.load(piece + COUNT)
-    for i in range(tl.maximum(rule.budget - slot, 0), count):
+    recent = tl.load(piece + RECENT)
+    for i in range(tl.maximum(tl.load(piece + BUDGET) - slot, 0), count):
         token = ((row + i).to(tl.int64) * step.heads + head) * (sizes.group + 1)
         sources = signed.signatures + token * sizes.hashed
         best, best_slot = find_victims(
-            at, slot + i, sources, start + i, rule, sizes, TILE
+            at, slot + i, sources, start + i, recent, rule, sizes, TILE
         )
         found = (best == tl.max(best, 0)) & (best >= 0)
         meta = meta_of(at, best_slot, found, sizes)
@@ -144,12 +147,13 @@ def select_kernel(
     count, slot = tl.load(piece + COUNT), tl.load(piece + SLOT)
     end = slot + count
     # Tokens are protected from their own recent past; votes come after the last one.
-    stop = tl.load(piece + START) + count - rule.recent
+    stop = tl.load(piece + START) + count - tl.load(piece + RECENT)
+    budget = tl.load(piece + BUDGET)
     if rule.kind == VOTE:
-        excess = tl.where(tl.load(piece + COMPACT) != 0, end - rule.budget, 0)
+        excess = tl.where(tl.load(piece + COMPACT) != 0, end - budget, 0)
     else:
         stop -= 1
-        excess = count - tl.maximum(rule.budget - slot, 0)
+        excess = count - tl.maximum(budget - slot, 0)
         excess = tl.where(tl.load(piece + EVICT) == 0, excess, 0)
     if excess <= 0:
         return

@@ -39,6 +39,8 @@ def plan(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     prompt_lens: Tensor,
+    budgets: Tensor,
+    recents: Tensor,
     done: Tensor,
     pieces: Tensor,
     live: Tensor,
@@ -53,6 +55,8 @@ def plan(
         query_start_loc: int32 [P + 1].
         seq_lens: int32 [P].
         prompt_lens: int32 [P].
+        budgets: int32 [P].
+        recents: int32 [P].
         done: int32 [P].
         pieces: int32 [P, columns].
         live: int32 [P].
@@ -68,6 +72,8 @@ def plan(
         query_start_loc,
         seq_lens,
         prompt_lens,
+        budgets,
+        recents,
         done,
         pieces,
         live,

@@ -14,6 +14,8 @@ NAMES = (
     "count",
     "row",
     "slot",
+    "budget",
+    "recent",
     "evict",
     "compact",
     "first_voter",
@@ -30,6 +32,8 @@ START = tl.constexpr(NAMES.index("start"))
 COUNT = tl.constexpr(NAMES.index("count"))
 ROW = tl.constexpr(NAMES.index("row"))
 SLOT = tl.constexpr(NAMES.index("slot"))
+BUDGET = tl.constexpr(NAMES.index("budget"))
+RECENT = tl.constexpr(NAMES.index("recent"))
 EVICT = tl.constexpr(NAMES.index("evict"))
 COMPACT = tl.constexpr(NAMES.index("compact"))
 FIRST_VOTER = tl.constexpr(NAMES.index("first_voter"))

@@ -11,12 +11,14 @@ import triton.language as tl
 
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
+    BUDGET,
     COMPACT,
     COUNT,
     EVICT,
     FIRST_VOTER,
     LIVE,
     NUM_COLUMNS,
+    RECENT,
     REQUEST,
     ROW,
     SLOT,
@@ -25,22 +27,22 @@ from hashevict_vllm.kernels.triton.pieces import (
 
 
 @triton.jit
-def _occupied_slots(tokens, prompt, rule: tl.constexpr):
+def _occupied_slots(tokens, prompt, budget, rule: tl.constexpr):
     """Slots in use, live and open scratch, after ``tokens`` tokens."""
-    settled = tl.minimum(tokens, rule.budget)
+    settled = tl.minimum(tokens, budget)
     if rule.segment == 1:
         return settled
     complete = tokens // rule.segment * rule.segment
-    open_slots = tl.minimum(complete, rule.budget) + tokens - complete
-    return tl.where((tokens <= rule.budget) | (tokens >= prompt), settled, open_slots)
+    open_slots = tl.minimum(complete, budget) + tokens - complete
+    return tl.where((tokens <= budget) | (tokens >= prompt), settled, open_slots)
 
 
 @triton.jit
-def _first_voter(start, stop, prompt, rule: tl.constexpr):
+def _first_voter(start, stop, prompt, budget, rule: tl.constexpr):
     """First voter of a piece, ``stop`` if none votes (`ResolvedKVPolicy.voters`)."""
     if rule.window == 0:
         return stop
-    every, horizon = rule.every, rule.budget - rule.horizon
+    every, horizon = rule.every, budget - rule.horizon
     first = tl.maximum(start, max(rule.sinks, 1))
     decode = tl.maximum(first, horizon)
     decode = tl.minimum((decode + every - 1) // every * every, stop)
@@ -48,7 +50,7 @@ def _first_voter(start, stop, prompt, rule: tl.constexpr):
         return decode
     begin = (stop - 1) // rule.segment * rule.segment
     end = tl.minimum(begin + rule.segment, prompt)
-    full = tl.where(end == prompt, horizon, rule.budget)
+    full = tl.where(end == prompt, horizon, budget)
     first = tl.maximum(tl.maximum(first, begin), end - rule.window)
     first = tl.where(end > full, tl.minimum(first, stop), stop)
     return tl.where(start >= prompt, decode, first)
@@ -59,6 +61,8 @@ def plan_kernel(
     query_start_loc,
     seq_lens,
     prompt_lens,
+    budgets,
+    recents,
     done,
     pieces,
     live,
@@ -74,6 +78,8 @@ def plan_kernel(
         query_start_loc: int32 [P + 1], first row of each request in the step's q, k, v.
         seq_lens: int32 [P], tokens after the step; as vLLM counts, absolute.
         prompt_lens: int32 [P], lengths of the original prompts.
+        budgets: int32 [P], C of each request.
+        recents: int32 [P], the most recent tokens that each never evicts.
         done: int32 [P], position that the piece before ended at; read except in the
             first round, written.
         pieces: int32 [P, columns], written, see `pieces`.
@@ -104,8 +110,8 @@ def plan_kernel(
             tl.store(token_piece + tokens, request, mask=tokens < filled)
     else:
         start = tl.load(done + request)
-    slot = _occupied_slots(start, prompt, rule)
-    budget, segment = rule.budget, rule.segment
+    budget, segment = tl.load(budgets + request), rule.segment
+    slot = _occupied_slots(start, prompt, budget, rule)
     reading = (start < prompt) & (segment > 1)
     boundary = (start // segment + 1) * segment
     # No reduction happens before the first boundary past the budget.
@@ -116,7 +122,7 @@ def plan_kernel(
     stop = tl.minimum(stop, end)
     count = tl.maximum(stop - start, 0)
     compact = reading & (stop == boundary) & (slot + count > budget) & (count > 0)
-    voter = _first_voter(start, stop, prompt, rule)
+    voter = _first_voter(start, stop, prompt, budget, rule)
     after = tl.where(count == 0, 0, tl.where(evict, slot, slot + count))
     tl.store(live + request, after)
     tl.store(done + request, start + count)
@@ -128,6 +134,8 @@ def plan_kernel(
     tl.store(piece + COUNT, count)
     tl.store(piece + ROW, row + start - begin)
     tl.store(piece + SLOT, slot)
+    tl.store(piece + BUDGET, budget)
+    tl.store(piece + RECENT, tl.load(recents + request))
     tl.store(piece + EVICT, (evict & (count > 0)).to(tl.int32))
     tl.store(piece + COMPACT, compact.to(tl.int32))
     tl.store(piece + FIRST_VOTER, tl.where(count == 0, 0, voter - start))

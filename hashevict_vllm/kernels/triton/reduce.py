@@ -182,8 +182,10 @@ def compact(step: Step, page: Page, rule: DeviceRule, bound: int) -> None:
 
     """
     num_pieces, num_heads = step.pieces.shape[0], step.heads
-    width = min(rule.budget, bound - rule.budget)
-    if num_pieces == 0 or width <= 0:
+    # Moves of a piece: at most C holes, and as many survivors behind them, be C the
+    # server's or less.
+    width = min(rule.budget, rule.segment, bound // 2) if rule.segment > 1 else 0
+    if num_pieces == 0 or width == 0:
         return
     shape, device = (num_pieces, num_heads, width, 2), page.tail.device
     moves = torch.empty(shape, dtype=torch.int32, device=device)

@@ -7,6 +7,7 @@ arithmetic: what a launch must at least read and write, over an H100's bandwidth
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton import launch
@@ -83,13 +84,13 @@ def _floor_table(shape: Shape) -> list[str]:
     return lines
 
 
-def _resource_table() -> list[str]:
+def _resource_table() -> Iterator[str]:
     heads = " | ".join(f"sm_{a}" for a in ARCHITECTURES)
-    lines = [
+    yield (
         f"| shape | kernel | threads | registers: {heads} | shared bytes | spills, "
-        "local bytes |",
-        "|---|---|---:|" + "---:|" * (len(ARCHITECTURES) + 2),
-    ]
+        "local bytes |"
+    )
+    yield "|---|---|---:|" + "---:|" * (len(ARCHITECTURES) + 2)
     for label, shape in SHAPES.items():
         for made in shape.launches():
             cells, used = [], []
@@ -99,12 +100,11 @@ def _resource_table() -> list[str]:
                     continue
                 used.append(compile_launch(made, architecture))
                 cells.append(str(used[-1].registers))
-            lines.append(
+            yield (
                 f"| {label} | `{made.name}` | {used[0].threads} "
                 f"| {' | '.join(cells)} | {max(r.shared for r in used):,} "
                 f"| {max(r.stack for r in used)}, {max(r.local for r in used)} |"
             )
-    return lines
 
 
 def main() -> None:
@@ -119,7 +119,8 @@ def main() -> None:
     print("### The end of a segment\n")
     print("\n".join(prompt_table()), end="\n\n")
     print("### Compiled\n")
-    print("\n".join(_resource_table()))
+    for line in _resource_table():  # minutes, where nothing is compiled yet
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ class DeviceRule(NamedTuple):
         words: 32-bit words that a slot keeps besides its position.
         bits: b, columns of the projection; 0 for rules that hash nothing.
         sinks: Positions below are protected.
-        recent: Positions above ``t - 1 - recent`` are protected at step t.
         salt: See `make_salt`.
-        budget: C.
+        budget: C of the server, the largest of any request that evicts.
         segment: S.
         window: Voting queries of a segment; 0 for rules that do not vote.
         every: In decode, one token of so many votes.
@@ -33,7 +32,6 @@ class DeviceRule(NamedTuple):
     words: int
     bits: int
     sinks: int
-    recent: int
     salt: int
     budget: int
     segment: int

@@ -89,7 +89,14 @@ def slot_scores(
 
 @triton.jit
 def find_victims(
-    at, live, sources, t, rule: tl.constexpr, sizes: tl.constexpr, TILE: tl.constexpr
+    at,
+    live,
+    sources,
+    t,
+    recent,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Scan the first ``live`` slots; every lane keeps the best of those it saw.
 
@@ -101,6 +108,7 @@ def find_victims(
         live: int32, slots that stand before the token.
         sources: See `slot_scores`.
         t: See `slot_scores`.
+        recent: int32, the most recent tokens that are never evicted.
         rule: `DeviceRule`.
         sizes: `Sizes`.
         TILE: Slots per step.
@@ -121,7 +129,7 @@ def find_victims(
         meta = meta_of(at, slots, used, sizes)
         position = tl.load(meta + rule.words * word, mask=used, other=-1)
         score = slot_scores(meta, used, position, sources, t, word, rule, sizes)
-        allowed = (position >= rule.sinks) & (position <= t - 1 - rule.recent)
+        allowed = (position >= rule.sinks) & (position <= t - 1 - recent)
         order = (score.to(tl.int64) << 32) | (position ^ _INT32_MAX).to(tl.int64)
         order = tl.where(used & allowed, order, -1)
         better = order > best

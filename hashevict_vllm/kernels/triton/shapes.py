@@ -69,7 +69,6 @@ class Shape:
             words=num_words(bits) + _WORDS_BESIDE_SIGNATURE.get(self.kind, 0),
             bits=bits,
             sinks=4,
-            recent=self.budget // 4,
             salt=make_salt(0),
             budget=self.budget,
             segment=self.segment,
@@ -99,13 +98,14 @@ class Shape:
         estimate = Estimate.of(projection, 0.1, 0.125, 0.85)
         table = torch.zeros(count, -(-self.bound // self.block_size)).int()
         pieces = torch.zeros(count, ops.NUM_COLUMNS).int()
-        starts, lens, prompts, done, live, owner = (
-            torch.zeros(count + 1).int() for _ in range(6)
+        starts, lens, prompts, budgets, done, live, owner = (
+            torch.zeros(count + 1).int() for _ in range(7)
         )
         step = Step.of(pieces, owner, table, heads)
         scratch = Scratch.of(rule, 16, self.group, self.head_dim, q.device)
         made_up = torch.zeros(count + 1, dtype=torch.int64)
-        plan = (starts, lens, prompts, done, pieces, live, owner, rule, True)
+        of_requests = (starts, lens, prompts, budgets, budgets, done)
+        plan = (*of_requests, pieces, live, owner, rule, True)
         with recorded_launches() as launches:
             ops.plan(*plan, made_up)
             if rule.signs:
@@ -153,7 +153,6 @@ SHAPES = {
         kind=codes.VOTE, group=16, budget=4096, segment=131072, block_size=64
     ),
     "vote, fp8 e4m3": Shape(kind=codes.VOTE, cache_dtype=torch.float8_e4m3fn),
-    "vote, fp8 e5m2": Shape(kind=codes.VOTE, cache_dtype=torch.float8_e5m2),
 }
 """Shapes that are tested, by what they are for: every rule, dtype, head and block size
 in some of them, and the most registers and words."""

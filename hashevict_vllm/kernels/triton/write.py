@@ -11,6 +11,7 @@ from hashevict_vllm.kernels.triton.pieces import (
     EVICT,
     FIRST_VOTER,
     NUM_COLUMNS,
+    RECENT,
     ROW,
     SLOT,
     START,
@@ -131,8 +132,9 @@ def write_kernel(
         if evicts:
             first = token_head * (sizes.group + 1)
             sources = signed.signatures + first * sizes.hashed
+            recent = tl.load(piece + RECENT)
             best, best_slot = find_victims(
-                at, slot, sources, position, rule, sizes, TILE
+                at, slot, sources, position, recent, rule, sizes, TILE
             )
             slot = tl.max(tl.where(best == tl.max(best, 0), best_slot, -1), 0)
         # What the scan read may be in the victim's slot.

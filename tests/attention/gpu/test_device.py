@@ -39,7 +39,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 from hashevict_vllm.attention.backend import wrap_backend  # noqa: E402
 from hashevict_vllm.attention.gpu.constants import DeviceConstants  # noqa: E402
-from hashevict_vllm.attention.gpu.fork import Fork  # noqa: E402
+from hashevict_vllm.attention.gpu.fork import Fork, join_after  # noqa: E402
 from hashevict_vllm.attention.gpu.forward import DeviceImplMixin  # noqa: E402
 from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
     DeviceMetadataBuilderMixin,
@@ -244,6 +244,18 @@ def test_forked_work_waits_for_what_came_before_and_is_waited_for(
     fork.join()
     fork.join()
     assert log == [*begun, "main waits for side"]
+
+
+def test_what_the_last_layer_forks_is_joined_when_the_model_ends() -> None:
+    log: list[str] = []
+    model, fork = torch.nn.Linear(1, 1), Fork(torch.device("cpu"))
+    join_after(model)
+    fork.start(lambda: log.append("ballot"))
+    assert log == []
+    assert not fork.ends_with_model  # as yet it is the last layer that joins
+    model(torch.zeros(1, 1))
+    assert log == ["ballot"]
+    assert fork.ends_with_model
 
 
 # -- planning a step -------------------------------------------------------------

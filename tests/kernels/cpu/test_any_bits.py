@@ -14,6 +14,7 @@ from support.paged import POISON, PagedLayer
 from hashevict_vllm.kernels.cpu.openmp import find_openmp, share_items
 from hashevict_vllm.policies.reference import ReferenceLayer
 
+NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES: dict[str, dict[str, Any]] = {
     "vote": {"scoring": "vote"},
@@ -147,12 +148,17 @@ def test_keys_without_length_are_ranked_as_the_oracle_ranks_them(
     assert found == expected
 
 
-def test_votes_stay_numbers_and_oracle_and_kernels_agree_on_them() -> None:
+@pytest.mark.parametrize("sinks", [{}, {0: NAN, 2: INF}, {0: INF, 2: NAN}])
+def test_votes_stay_numbers_and_oracle_and_kernels_agree_on_them(
+    sinks: dict[int, float],
+) -> None:
     policy = resolve({"scoring": "vote", "budget": 80, "segment": 64, "pool": 1})
     torch.manual_seed(2)
     q, k, v = (torch.randn(150, n, DIM) for n in (4, 2, 2))
-    k[40, 0, 3], k[50, 1] = float("nan"), float("inf")
-    q[140, 1], q[145] = float("inf"), float("nan")
+    k[40, 0, 3], k[50, 1] = NAN, INF
+    q[140, 1], q[145] = INF, NAN
+    for position, value in sinks.items():
+        k[position, :, position] = value
     paged = PagedLayer(policy, [150], [150], 2, DIM, 32, torch.float32)
     paged.step([(q, k, v)])
     oracle = ReferenceLayer(policy, 150, 2, DIM)

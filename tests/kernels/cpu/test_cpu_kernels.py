@@ -266,12 +266,13 @@ def test_losers_of_a_ballot_are_marked_with_the_complement_as_well() -> None:
     geometry = pages.kernel_geometry
     numbers = (layer.rule, layer.projection, geometry[8], layer.strengths)
     # Nobody has voted yet: ties keep the newer slots.
-    _mark_losers((*where, geometry), numbers, layer.block_table, 60, 48)
+    kept = (48, layer.policy.recent)
+    _mark_losers((*where, geometry), numbers, layer.block_table, 60, *kept)
     assert layer.live(0)[0][0].tolist() == MARKED
 
 
 @njit
-def _mark_losers(where, numbers, block_table, num_slots, budget):  # type: ignore[no-untyped-def]
+def _mark_losers(where, numbers, block_table, num_slots, budget, recent):  # type: ignore[no-untyped-def]
     pages, rule = pages_of(*where), rule_of(*numbers)
     blocks = unowned(block_table)[0]
-    mark_losers(pages, rule, blocks, num_slots, 0, num_slots, budget)
+    mark_losers(pages, rule, blocks, num_slots, 0, num_slots, budget, recent)

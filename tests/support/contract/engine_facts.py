@@ -24,6 +24,26 @@ ENGINE_FACTS = (
         says=("self.model_runner.get_kv_cache_spec()",),
     ),
     Fact(
+        "vllm/v1/worker/gpu_worker.py:Worker.get_model",
+        "vllm_patches/engine_core.py joins ballots when the model's forward ends",
+        takes=("self",),
+        says=("self.model_runner.get_model()",),
+    ),
+    Fact(
+        "vllm/compilation/cuda_graph.py:CUDAGraphWrapper.__call__",
+        "attention/gpu/fork.py: the model is captured with its forward hooks",
+        says=("output = self.runnable(*args, **kwargs)",),
+    ),
+    Fact(
+        "vllm/v1/worker/gpu/cudagraph_utils.py:CudaGraphManager.capture",
+        "attention/gpu/fork.py: the model runs once before it is captured",
+        says=(
+            "forward_fn(CUDAGraphMode.NONE)",
+            "torch.cuda.graph(",
+            "forward_fn(CUDAGraphMode.NONE)",
+        ),
+    ),
+    Fact(
         "vllm/config/model.py:ModelConfig",
         "cache/late.py knows --max-model-len auto by it",
         says=("self.original_max_model_len = self.max_model_len",),
@@ -60,8 +80,35 @@ ENGINE_FACTS = (
     ),
     Fact(
         f"{CORE}.preprocess_add_request",
-        "vllm_patches/streaming_input.py wraps it",
+        "vllm_patches/streaming_input.py and request_checks.py wrap it",
         takes=("self", "request"),
+    ),
+    Fact(
+        "vllm/v1/engine/input_processor.py:InputProcessor.process_inputs",
+        "vllm_patches/request_checks.py looks at what it returns",
+        says=(
+            "num_ranks = dp_local_size if parallel_config.local_engines_only else "
+            "dp_size",
+            "sampling_params.max_tokens = self.model_config.max_model_len - prompt_len",
+            "return EngineCoreRequest(",
+        ),
+    ),
+    Fact(
+        "vllm/v1/engine/core_client.py:MPClient",
+        "vllm_patches/request_checks.py divides it by the engines",
+        says=("num_gpu_blocks += response.num_gpu_blocks",),
+    ),
+    Fact(
+        "vllm/v1/engine/output_processor.py:OutputProcessor._update_stats_from_finished",
+        "vllm_patches/request_stats.py adds the request's arguments",
+        takes=("self", "req_state", "finish_reason", "iteration_stats"),
+        says=("iteration_stats.update_from_finished_request(",),
+    ),
+    Fact(
+        f"{RUNNER_V1}.execute_model",
+        "vllm_patches/request_args.py sees requests come and go",
+        takes=("self", "scheduler_output", "intermediate_tensors"),
+        says=("num_scheduled_tokens=scheduler_output.num_scheduled_tokens",),
     ),
     Fact(
         "vllm/v1/engine/__init__.py:EngineCoreRequest",

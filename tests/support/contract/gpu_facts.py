@@ -154,6 +154,14 @@ RUNNER_V2 = (
         ),
     ),
     Fact(
+        f"{V2}/model_runner.py:GPUModelRunner.execute_model",
+        "vllm_patches/request_args.py sees requests come and go",
+        says=(
+            "input_batch = self.prepare_inputs(",
+            "attn_metadata = self.model_state.prepare_attn(",
+        ),
+    ),
+    Fact(
         f"{V2}/model_states/default.py:DefaultModelState",
         "model runner V2 passes both to every builder",
         says=(

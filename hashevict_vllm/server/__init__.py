@@ -1,0 +1,1 @@
+"""HTTP routes under ``/v1/kv_policy``, and the page that shows what is kept."""
