@@ -16,7 +16,7 @@ import pytest
 from support.models import VOCAB, add_byte_tokenizer, make_llama
 from support.monitoring import expressions
 from support.server import Server, serve
-from support.soak import FLAGS, MODEL, POLICY, processes, soak
+from support.soak import BUDGETS, FLAGS, MODEL, POLICY, processes, soak
 from support.soak_requests import Load
 
 pytestmark = pytest.mark.http
@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_nothing_leaks_and_answers_are_those_served_alone(server: Server) -> None:
-    load = Load(MODEL, (10, VOCAB), prompt=500, output=30)
+    load = Load(MODEL, (10, VOCAB), prompt=500, output=30, budgets=BUDGETS)
     assert soak(server.url, load, requests=120, in_flight=24, sample=6) == []
 
 

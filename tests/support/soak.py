@@ -33,6 +33,10 @@ FLAGS += ["--max-model-len", "2048", "--max-num-seqs", "32"]
 # A pool that preempts now and then: 128 blocks of 32 tokens.
 FLAGS += ["--num-gpu-blocks-override", "128", "--served-model-name", MODEL]
 POLICY = ["--kv-budget", str(BUDGET), "--kv-policy-config.segment", "64"]
+POLICY += ["--kv-policy-config.allow_full", "true"]
+
+BUDGETS = (None, 64, 96, 128, BUDGET, "full")
+"""Of requests, drawn from; None asks for none."""
 
 
 def wait_until_idle(url: str, seconds: float = 60) -> list[str]:
@@ -145,7 +149,7 @@ def main() -> None:
     add("--sample", type=int, default=50, help="answers that are asked for again")
     add("--prompt", type=int, default=700, help="most tokens of a prompt")
     add("--output", type=int, default=60, help="most tokens of an answer")
-    add("--budgets", nargs="+", default=[], help="values of kv_budget to draw from")
+    add("--budgets", nargs="*", help="values of kv_budget to draw from")
     add("--seed", type=int, default=0)
     add("--fuzz", type=int, default=0, metavar="N", help="examples of schemathesis")
     options = parser.parse_args()
@@ -160,14 +164,11 @@ def main() -> None:
                 model, flags, folder / "log", {"VLLM_CPU_KVCACHE_SPACE": "1"}
             )
             url = stack.enter_context(server).url
-        load = Load(
-            options.model,
-            (10, VOCAB),
-            options.prompt,
-            options.output,
-            [int(b) if b.isdigit() else b for b in options.budgets],
-            options.seed,
-        )
+        budgets = () if url is options.url or options.policy == "full" else BUDGETS
+        if options.budgets is not None:
+            budgets = [int(b) if b.isdigit() else b for b in options.budgets]
+        sizes = (options.prompt, options.output)
+        load = Load(options.model, (10, VOCAB), *sizes, budgets, options.seed)
         wrong = soak(url, load, options.requests, options.in_flight, options.sample)
         if options.fuzz:
             from support.fuzz import fuzz
