@@ -164,7 +164,8 @@ def main() -> None:
                 model, flags, folder / "log", {"VLLM_CPU_KVCACHE_SPACE": "1"}
             )
             url = stack.enter_context(server).url
-        budgets = () if url is options.url or options.policy == "full" else BUDGETS
+        own = options.url is None and options.policy != "full"
+        budgets = BUDGETS if own else ()
         if options.budgets is not None:
             budgets = [int(b) if b.isdigit() else b for b in options.budgets]
         sizes = (options.prompt, options.output)
