@@ -14,6 +14,7 @@ from typing import Any
 from hashevict_vllm.config import policy_of
 from hashevict_vllm.host import block_size_of
 from hashevict_vllm.metrics.counts import evicted_tokens
+from hashevict_vllm.request_budget import asked_budget
 
 FIELD = "evicted_tokens"
 """Of ``usage`` in a response."""
@@ -52,11 +53,11 @@ def counted(
     tally = _TALLY.get(None)
     if tally is None:
         _TALLY.set(tally := Tally())
-    return _count(outputs, tally, budget, sampling_params.output_kind)
+    return _count(outputs, tally, budget, sampling_params)
 
 
 def _budget_of(engine: Any) -> int | None:
-    """The budget of requests, or None where no policy is on."""
+    """The server's budget, or None where no policy is on."""
     if not hasattr(engine, "hashevict_budget"):
         config = engine.vllm_config
         policy = policy_of(config.additional_config)
@@ -71,20 +72,22 @@ def _budget_of(engine: Any) -> int | None:
 
 
 async def _count(
-    outputs: AsyncGenerator[Any, None], tally: Tally, budget: int, kind: Any
+    outputs: AsyncGenerator[Any, None], tally: Tally, budget: int, params: Any
 ) -> AsyncGenerator[Any, None]:
     from vllm.sampling_params import RequestOutputKind
 
+    delta = params.output_kind == RequestOutputKind.DELTA
     generated: dict[int, int] = {}
     evicted: dict[int, int] = {}
     prompt_len = 0
     async with aclosing(outputs):
         async for output in outputs:
+            # Not before there is an output: until then its value may be refused.
+            if (asked := asked_budget(params.extra_args)) is not None:
+                budget = asked
             prompt_len = len(output.prompt_token_ids or ()) or prompt_len
             for choice in output.outputs:
-                earlier = generated.get(choice.index, 0)
-                if kind != RequestOutputKind.DELTA:
-                    earlier = 0
+                earlier = generated.get(choice.index, 0) if delta else 0
                 number = generated[choice.index] = earlier + len(choice.token_ids)
                 # The newest token has not been written yet.
                 now = sum(evicted_tokens(budget, prompt_len, prompt_len + number - 1))

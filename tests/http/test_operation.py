@@ -16,7 +16,7 @@ import pytest
 from support.models import VOCAB, add_byte_tokenizer, make_llama
 from support.monitoring import expressions
 from support.server import Server, serve
-from support.soak import FLAGS, MODEL, POLICY, processes, soak
+from support.soak import BUDGETS, FLAGS, MODEL, POLICY, processes, soak
 from support.soak_requests import Load
 
 pytestmark = pytest.mark.http
@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_nothing_leaks_and_answers_are_those_served_alone(server: Server) -> None:
-    load = Load(MODEL, (10, VOCAB), prompt=500, output=30)
+    load = Load(MODEL, (10, VOCAB), prompt=500, output=30, budgets=BUDGETS)
     assert soak(server.url, load, requests=120, in_flight=24, sample=6) == []
 
 
@@ -60,10 +60,10 @@ def ask(tokens: int, **options: Any) -> dict[str, Any]:
     return {**body, "ignore_eos": True, "temperature": 0, **options}
 
 
-def test_clients_get_an_error_and_no_hang_when_the_engine_is_killed(
+def test_clients_get_an_error_and_no_hang_when_the_worker_is_killed(
     server: Server,
 ) -> None:
-    (engine,) = [p for p in processes(server.url) if "EngineCore" in p.name()]
+    (worker,) = [p for p in processes(server.url) if "Worker" in p.name()]
     start, lines = time.monotonic(), []
     with httpx.stream(
         "POST",
@@ -75,7 +75,7 @@ def test_clients_get_an_error_and_no_hang_when_the_engine_is_killed(
             for line in stream.iter_lines():
                 lines.append(line)
                 if len(lines) == 8:
-                    engine.send_signal(signal.SIGKILL)
+                    worker.send_signal(signal.SIGKILL)
         except httpx.RemoteProtocolError:
             lines.append("error: the connection was closed")
     assert any("error" in line for line in lines[8:])
@@ -91,4 +91,4 @@ def test_clients_get_an_error_and_no_hang_when_the_engine_is_killed(
             return
         assert answer.status_code >= 500
         time.sleep(0.2)
-    pytest.fail("the server goes on without an engine")
+    pytest.fail("the server goes on without a worker")

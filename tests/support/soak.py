@@ -33,6 +33,10 @@ FLAGS += ["--max-model-len", "2048", "--max-num-seqs", "32"]
 # A pool that preempts now and then: 128 blocks of 32 tokens.
 FLAGS += ["--num-gpu-blocks-override", "128", "--served-model-name", MODEL]
 POLICY = ["--kv-budget", str(BUDGET), "--kv-policy-config.segment", "64"]
+POLICY += ["--kv-policy-config.allow_full", "true"]
+
+BUDGETS = (None, 64, 96, 128, BUDGET, "full")
+"""Of requests, drawn from; None asks for none."""
 
 
 def wait_until_idle(url: str, seconds: float = 60) -> list[str]:
@@ -66,9 +70,9 @@ def processes(url: str) -> list[psutil.Process]:
     return [server, *server.children(recursive=True)]
 
 
-def memory(url: str) -> int:
-    """Bytes that belong to the server's processes alone (USS)."""
-    return sum(process.memory_full_info().uss for process in processes(url))
+def memory(url: str) -> dict[str, int]:
+    """Bytes that belong to each of the server's processes alone (USS)."""
+    return {p.name(): p.memory_full_info().uss for p in processes(url)}
 
 
 def alone(url: str, answers: list[Answer], count: int, seed: int) -> list[str]:
@@ -104,7 +108,8 @@ def soak(
         What was wrong, one sentence each.
 
     """
-    wrong, answers, sizes, start = [], [], [], time.monotonic()
+    wrong, answers, start = [], [], time.monotonic()
+    sizes: list[int] = []
     for first in range(0, requests, piece):
         numbers = range(first, min(first + piece, requests))
         drawn = [load.request(number) for number in numbers]
@@ -112,10 +117,12 @@ def soak(
         answers += found
         wrong += [f"request {a.request.number}: {a.error}" for a in found if a.error]
         wrong += wait_until_idle(url)
-        sizes.append(memory(url))
+        found_bytes = memory(url)
+        sizes.append(sum(found_bytes.values()))
+        parts = (f"{name} {size >> 20}" for name, size in found_bytes.items())
         print(
             f"{len(answers)} requests, {time.monotonic() - start:.0f} s, "
-            f"{sizes[-1] / 2**20:.1f} MiB",
+            f"{sizes[-1] / 2**20:.1f} MiB ({', '.join(parts)})",
             flush=True,
         )
     fates = Counter(answer.request.fate for answer in answers)
@@ -142,7 +149,7 @@ def main() -> None:
     add("--sample", type=int, default=50, help="answers that are asked for again")
     add("--prompt", type=int, default=700, help="most tokens of a prompt")
     add("--output", type=int, default=60, help="most tokens of an answer")
-    add("--budgets", nargs="+", default=[], help="values of kv_budget to draw from")
+    add("--budgets", nargs="*", help="values of kv_budget to draw from")
     add("--seed", type=int, default=0)
     add("--fuzz", type=int, default=0, metavar="N", help="examples of schemathesis")
     options = parser.parse_args()
@@ -157,14 +164,12 @@ def main() -> None:
                 model, flags, folder / "log", {"VLLM_CPU_KVCACHE_SPACE": "1"}
             )
             url = stack.enter_context(server).url
-        load = Load(
-            options.model,
-            (10, VOCAB),
-            options.prompt,
-            options.output,
-            [int(b) if b.isdigit() else b for b in options.budgets],
-            options.seed,
-        )
+        own = options.url is None and options.policy != "full"
+        budgets = BUDGETS if own else ()
+        if options.budgets is not None:
+            budgets = [int(b) if b.isdigit() else b for b in options.budgets]
+        sizes = (options.prompt, options.output)
+        load = Load(options.model, (10, VOCAB), *sizes, budgets, options.seed)
         wrong = soak(url, load, options.requests, options.in_flight, options.sample)
         if options.fuzz:
             from support.fuzz import fuzz

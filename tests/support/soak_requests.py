@@ -31,7 +31,7 @@ class Load:
         vocabulary: Token ids that prompts consist of, [first, end).
         prompt: Most tokens of a prompt.
         output: Most tokens of an answer.
-        budgets: Values of ``kv_budget`` to draw from; none sends none.
+        budgets: Values of ``kv_budget`` to draw from; for None a request brings none.
         seed: Of everything.
 
     """
@@ -40,7 +40,7 @@ class Load:
     vocabulary: tuple[int, int]
     prompt: int
     output: int
-    budgets: Sequence[int | str] = ()
+    budgets: Sequence[int | str | None] = ()
     seed: int = 0
 
     def request(self, number: int) -> Request:
@@ -69,8 +69,9 @@ class Load:
             body |= {"temperature": 1, "seed": number}
         elif draw.random() < 0.1:
             body |= {"n": 2, "temperature": 1, "seed": number}
-        if self.budgets:
-            body["vllm_xargs"] = {"kv_budget": draw.choice(list(self.budgets))}
+        budget = draw.choice(list(self.budgets) or [None])
+        if budget is not None:
+            body["vllm_xargs"] = {"kv_budget": budget}
         return Request(
             number, fate, body, chunks=draw.randint(1, 8), seconds=draw.uniform(0.05, 2)
         )
