@@ -157,7 +157,10 @@ def test_text_is_shaded_while_it_streams_and_the_keyboard_is_enough(page: Any) -
 
 
 def test_two_budgets_of_one_prompt_differ_side_by_side(page: Any) -> None:
-    ask(page, 24, "full", 256)
+    ask(page, 1000, "full", 256)
+    until(page, "measures.decoding()")
+    tab_to(page, "#stop")
+    page.keyboard.press("Enter")
     page.wait_for_selector("#send:enabled")
     assert page.locator("h2").all_text_contents() == ["Budget full", "Budget 256"]
     kept = page.locator('[data-count="kept"]').all_text_contents()
