@@ -1,7 +1,8 @@
 """How many tokens the answers of one HTTP request have evicted, for its ``usage``.
 
 One call of the API may be several requests of the engine (prompts, ``n``), read by
-tasks of their own. They share a `Tally`, which the task of the call has in its context.
+tasks of their own, and a stream is read by another task than the one that asked. All of
+them inherit the context of the call, where `CountedCalls` puts their `Tally`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,26 @@ class Tally:
 
 
 _TALLY: ContextVar[Tally] = ContextVar("hashevict_tally")
+
+
+class CountedCalls:
+    """ASGI middleware: every HTTP request has a `Tally` from its beginning.
+
+    Args:
+        app: What it wraps.
+
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request, or whatever else a server does."""
+        before = _TALLY.set(Tally())
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            _TALLY.reset(before)
 
 
 def usage_fields() -> dict[str, int]:

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from vllm.logger import init_logger
 
 from hashevict_vllm.config import policy_of
+from hashevict_vllm.metrics.usage import CountedCalls
 from hashevict_vllm.server import pages
 from hashevict_vllm.server.routes import PREFIX, inspection, routes
 from hashevict_vllm.server.service import Service
@@ -26,7 +27,7 @@ class KVPolicyEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes.
+        """Add the routes, and to each call a tally of what it evicts.
 
         Args:
             app: Its ``state.args`` hold the policy: ``EngineArgs.from_cli_args`` has
@@ -36,6 +37,7 @@ class KVPolicyEndpoints:
         config = policy_of(app.state.args.additional_config)
         if not config.enabled:
             return
+        app.add_middleware(CountedCalls)
         app.include_router(routes)
         if config.inspect:
             app.include_router(inspection)
