@@ -52,6 +52,10 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         asked = asked_budget(params.extra_args) if params else None
         return policy_with(self._policy, asked)
 
+    def shares_blocks(self, request_id: str) -> bool:
+        """Whether its blocks are others' as well, as it never votes or evicts."""
+        return False
+
     def _required_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks a request needs to have ``num_tokens`` tokens computed."""
         bounds = self._bounds[request_id]

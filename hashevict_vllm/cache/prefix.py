@@ -62,6 +62,10 @@ class PrefixCachingManager(BudgetedAttentionManager):
 
     # -- lookup ----------------------------------------------------------------------
 
+    def shares_blocks(self, request_id: str) -> bool:
+        """Whether its blocks are others' as well, as it never votes or evicts."""
+        return request_id in self._sharing
+
     def meet_request(self, request: Request) -> None:
         """Learn the request's numbers, and that a lookup is for it."""
         super().meet_request(request)

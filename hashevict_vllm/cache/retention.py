@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hashevict_vllm.cache.capacity import pool_capacity
@@ -75,7 +76,8 @@ def read_retention(
         for number, group in enumerate(groups)
         if isinstance(group.kv_cache_spec, BudgetedAttentionSpec)
     ]
-    policy = manager.coordinator.single_type_managers[budgeted[0]].policy_of(request)
+    single = manager.coordinator.single_type_managers[budgeted[0]]
+    policy = single.policy_of(request)
     blocks = manager.get_block_ids(request_id)
     tokens = request.num_computed_tokens
     live = occupied_slots(policy, tokens, request.num_prompt_tokens)
@@ -103,7 +105,10 @@ def read_retention(
         else []
     )
     ranks = core.vllm_config.parallel_config.tensor_parallel_size
-    found["layers"] = [tuple(x) for x in merge(answers, ranks, max(1, ranks // heads))]
+    tails = merge(answers, ranks, max(1, ranks // heads))
+    if single.shares_blocks(request_id):
+        tails = [as_written(tail, live) for tail in tails]
+    found["layers"] = [tuple(tail) for tail in tails]
     found["seconds"] = time.perf_counter() - started
     return found
 
@@ -151,6 +156,20 @@ def merge(
         )
         for layer, parts in sorted(merged.items())
     ]
+
+
+def as_written(tail: LayerTail, live: int) -> LayerTail:
+    """What a request holds that shares its blocks: every token, in its own slot.
+
+    Marks that it finds there are of others, who voted on the same tokens.
+
+    Args:
+        tail: As read.
+        live: Slots in use.
+
+    """
+    positions = np.tile(np.arange(live, dtype=np.int32), tail.heads)
+    return tail._replace(positions=positions.tobytes())
 
 
 # -- in a worker -----------------------------------------------------------------

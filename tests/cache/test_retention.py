@@ -220,3 +220,29 @@ def test_a_request_is_read_with_pauses_and_a_long_queue_is_refused() -> None:
         pace.admit("c")
     now += caught.value.retry_after_s
     assert pace.admit("c") == 0
+
+
+def test_marks_of_others_in_a_shared_block_are_not_this_requests(llama: Path) -> None:
+    from vllm import SamplingParams
+
+    policy = {"budget": 160, "segment": "prompt", "allow_full": True}
+    options = {"enable_prefix_caching": True, "max_num_seqs": 2}
+    with engine(llama, policy, **options) as llm:
+        add(llm, "voters", random_prompt(PROMPT), 2)
+        finish(llm)
+        full = SamplingParams(
+            temperature=0,
+            max_tokens=9,
+            detokenize=False,
+            extra_args={"kv_budget": "full"},
+        )
+        prompt = {"prompt_token_ids": random_prompt(PROMPT)}
+        llm.llm_engine.add_request("full", prompt, full)
+        (request,) = scheduler_of(llm).requests.values()
+        llm.llm_engine.step()
+        pool = scheduler_of(llm).kv_cache_manager.block_pool
+        assert any(block.ref_cnt and block.block_hash for block in pool.blocks)
+        found = read(llm, request)
+        for positions, _ in arrays(found):
+            assert (positions == np.arange(PROMPT)).all()
+        finish(llm)
