@@ -25,9 +25,6 @@ class KVPolicy(BaseModel):
         "once, and those of stock vLLM."
     )
     inspect: bool = Field(description="Whether retention of requests can be read.")
-    request_budgets: bool = Field(
-        description="Whether a request may bring its own budget, `kv_budget`."
-    )
 
 
 class Sample(BaseModel):

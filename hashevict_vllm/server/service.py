@@ -56,7 +56,6 @@ class Service:
             effective=state["policy"],
             max_model_len=model.max_model_len,
             inspect=self._config.inspect,
-            request_budgets=hasattr(self._config, "allow_full"),
             **{k: state[k] for k in ("block_size", "num_blocks", "layers", "capacity")},
         )
 

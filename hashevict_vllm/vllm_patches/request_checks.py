@@ -103,5 +103,4 @@ def _checked_core(stock: Any) -> Any:
         check_request(self.vllm_config, request, 1)
         return stock(self, request)
 
-    preprocess_add_request.hashevict_stock = stock  # type: ignore[attr-defined]
     return preprocess_add_request

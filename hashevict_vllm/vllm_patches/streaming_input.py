@@ -58,7 +58,8 @@ def apply() -> None:
     if in_vllm():
         if refuse_sessions not in engine.streaming_input_checks:
             engine.streaming_input_checks.append(refuse_sessions)
-    elif not hasattr(EngineCore.preprocess_add_request, "hashevict_stock"):
+    # `request_checks` wraps the core's method, too.
+    elif not hasattr(LLMEngine.add_request, "hashevict_stock"):
         AsyncLLM.add_request = _checked_async(AsyncLLM.add_request)
         LLMEngine.add_request = _checked(LLMEngine.add_request)
         EngineCore.preprocess_add_request = _checked_core(
@@ -92,6 +93,7 @@ def _checked(stock: Any) -> Any:
             refuse_sessions(self.vllm_config)
         return stock(self, request_id, prompt, *args, **kwargs)
 
+    add_request.hashevict_stock = stock  # type: ignore[attr-defined]
     return add_request
 
 
@@ -102,5 +104,4 @@ def _checked_core(stock: Any) -> Any:
             refuse_sessions(self.vllm_config)
         return stock(self, request)
 
-    preprocess_add_request.hashevict_stock = stock  # type: ignore[attr-defined]
     return preprocess_add_request

@@ -4,6 +4,14 @@ window.measures = {
   count: (name) =>
     Number(document.querySelector(`[data-count="${name}"]`).textContent),
 
+  /** Whether every answer has been read beyond its prompt. */
+  decoding: () =>
+    [...document.querySelectorAll(".pane")].every(
+      (pane) =>
+        Number(pane.querySelector('[data-count="written"]').textContent) >
+        (pane.querySelectorAll(".prompt").length || Infinity),
+    ),
+
   /** By answer and token, the share of heads that the shade stands for, or null. */
   shares: () =>
     [...document.querySelectorAll(".text")].map((text) =>

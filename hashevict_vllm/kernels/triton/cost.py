@@ -117,7 +117,9 @@ def prompt_end(budget: int = 1024, segment: int = 4096) -> dict[str, Cost]:
     tiles = -(-bound // made["tops"].arguments["TILE"])
     at_once = made["tops"].arguments["ROWS"] // shape.group
     voters, dims = -(-window // at_once), shape.head_dim // 16
-    beyond = -(-segment // made["pair"].arguments["TILE"])
+    within, beyond = (
+        -(-n // made["pair"].arguments["TILE"]) for n in (budget, segment)
+    )
     moves = heads * -(-min(budget, segment) // made["move"].arguments["ROWS"])
     pooled = heads * -(-bound // made["pool"].arguments["TILE"])
     grids: dict[str, tuple[int, list[int], int]] = {
@@ -128,7 +130,7 @@ def prompt_end(budget: int = 1024, segment: int = 4096) -> dict[str, Cost]:
         "add": (heads * tiles, [voters], voters),
         "pool": (pooled, [], 0),
         "select": (heads, [8, steps, steps], 2 * 9 * steps),
-        "pair": (heads, [beyond], 2 * beyond),
+        "pair": (heads, [within, beyond], 2 * (within + beyond)),
         "move": (moves, [], 0),
     }
     return {name: cost(made[name], *grid) for name, grid in grids.items()}

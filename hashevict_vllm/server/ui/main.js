@@ -46,11 +46,6 @@ async function connect() {
     `${server.model}: ${effective.name} (${effective.scoring}) keeps ` +
       `${effective.budget} tokens per KV head, of up to ${server.max_model_len}.`,
   );
-  for (const field of budgets) field.disabled = !server.request_budgets;
-  show(
-    $("note"),
-    server.request_budgets ? "" : "This server has one budget for all requests.",
-  );
 }
 
 function questions() {
