@@ -28,7 +28,7 @@ FLAGS = ["--kv-policy", "hashevict", "--kv-budget", "256", "--enforce-eager"]
 # Small enough that the requests below are preempted.
 FLAGS += ["--kv-policy-config.segment", "256", "--dtype", "bfloat16"]
 FLAGS += ["--max-model-len", "4096", "--num-gpu-blocks-override", "24"]
-IN_FLIGHT, PROMPT, OUTPUT = 12, 400, 500
+IN_FLIGHT, PROMPT, OUTPUT = 20, 400, 300
 
 
 @contextlib.contextmanager
@@ -130,6 +130,9 @@ def check(url: str, seconds: float, folder: Path) -> bool:
     """Whether no panel is empty; prints values and the alerts that fired."""
     # Minutes become tenths of seconds: an alert that waits ten minutes fires after 6 s.
     with prometheus(url, folder, pace=0.01) as server, under_load(url):
+        while not values(server, "hashevict:info"):
+            time.sleep(0.2)
+        time.sleep(2 * SCRAPE_S)  # until then Prometheus has seen no server
         fired: dict[str, str] = {}
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
