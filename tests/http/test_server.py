@@ -240,9 +240,9 @@ BAD_BUDGETS = {
 
 def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, client):
     prompt = "Once upon a time"
-    alone = complete(client, prompt, 512).choices[0].text
+    alone = complete(client, prompt, 320).choices[0].text
 
-    neighbour = complete(client, prompt, 512, stream=True)
+    neighbour = complete(client, prompt, 320, stream=True)
     text = next(neighbour).choices[0].text
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="nobody", prompt="Hello")
