@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from hashevict_vllm.batch import current_extra_args, current_prompt_lens
 from hashevict_vllm.request_budget import asked_budget
-from hashevict_vllm.vllm_patches.model_runner import current_prompt_lens
-from hashevict_vllm.vllm_patches.request_args import current_extra_args
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,17 +12,9 @@ Upstream fix: patches/*/model_runner.patch fills the field always, and says so i
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
-import torch
-
-_PROMPT_LENS: ContextVar[torch.Tensor | None] = ContextVar("prompt_lens", default=None)
-
-
-def current_prompt_lens() -> torch.Tensor | None:
-    """Prompt lengths of the batch whose metadata is being built: int [max_num_reqs]."""
-    return _PROMPT_LENS.get()
+from hashevict_vllm.batch import PROMPT_LENS
 
 
 def in_vllm() -> bool:
@@ -43,11 +35,11 @@ def apply() -> None:
         return
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _PROMPT_LENS.set(self.input_batch.num_prompt_tokens_cpu_tensor)
+        token = PROMPT_LENS.set(self.input_batch.num_prompt_tokens_cpu_tensor)
         try:
             return stock(self, *args, **kwargs)
         finally:
-            _PROMPT_LENS.reset(token)
+            PROMPT_LENS.reset(token)
 
     _build_attention_metadata.hashevict_stock = stock  # type: ignore[attr-defined]
     GPUModelRunner._build_attention_metadata = _build_attention_metadata

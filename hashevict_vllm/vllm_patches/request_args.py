@@ -13,35 +13,15 @@ Upstream fix: patches/*/request_args.patch, ``batch_extra_args``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
-Rows = Mapping[int, Mapping[str, Any]]
-
-_NOBODY: Rows = {}
-_ROWS: ContextVar[Rows] = ContextVar("extra_args", default=_NOBODY)
+from hashevict_vllm.batch import EXTRA_ARGS, NOBODY, passes_extra_args
 
 
 def in_vllm() -> bool:
     """Whether vLLM's model runners pass them on."""
-    from vllm.v1.attention import backend
-
-    return hasattr(backend, "batch_extra_args")
-
-
-def current_extra_args() -> Rows:
-    """``SamplingParams.extra_args`` of the batch whose metadata are being built.
-
-    Returns:
-        By row; requests without any are left out.
-
-    """
-    if in_vllm():
-        from vllm.v1.attention import backend
-
-        return backend.batch_extra_args.get()
-    return _ROWS.get()
+    return passes_extra_args()
 
 
 def apply() -> None:
@@ -71,7 +51,7 @@ def _noting(stock: Any) -> Any:
         try:
             return stock(self, scheduler_output, *args, **kw)
         finally:
-            _ROWS.set(_NOBODY)
+            EXTRA_ARGS.set(NOBODY)
 
     execute_model.hashevict_stock = stock  # type: ignore[attr-defined]
     return execute_model
@@ -82,7 +62,7 @@ def _note_rows(runner: Any, request_ids: Sequence[str]) -> None:
     if not known:
         return
     rows = enumerate(request_ids)
-    _ROWS.set({row: known[name] for row, name in rows if name in known})
+    EXTRA_ARGS.set({row: known[name] for row, name in rows if name in known})
 
 
 def _with_rows(stock: Any) -> Any:
