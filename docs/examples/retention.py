@@ -95,6 +95,8 @@ def hold(server: Server, model: str, inspect: bool) -> Chat:
                 chat.share = read(server, chunk.id)
         said.append({"role": "assistant", "content": text})
         chat.answers.append(text)
+    if inspect and chat.share is None:
+        raise SystemExit(f"the last answer had fewer than {READ_AFTER} tokens")
     return chat
 
 
