@@ -35,6 +35,9 @@ FLAGS += ["--num-gpu-blocks-override", "128", "--served-model-name", MODEL]
 POLICY = ["--kv-budget", str(BUDGET), "--kv-policy-config.segment", "64"]
 POLICY += ["--kv-policy-config.allow_full", "true"]
 
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+"""Without one the random model has no chats, and every one is a 400."""
+
 BUDGETS = (None, 64, 96, 128, BUDGET, "full")
 """Of requests, drawn from; None asks for none."""
 
@@ -158,6 +161,7 @@ def main() -> None:
         if url is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             flags = [*FLAGS, "--kv-policy", options.policy]
+            flags += ["--chat-template", TEMPLATE]
             flags += POLICY if options.policy != "full" else []
             model = add_byte_tokenizer(make_llama(folder / "model"))
             server = serve(
