@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from hashevict_vllm.config import KVPolicyConfig
+    from hashevict_vllm.resolved import ResolvedKVPolicy
+
 CPU_DEFAULT_BLOCK_SIZE = 128
 """Tokens of a block without ``--block-size`` on CPU (vllm/platforms/cpu.py)."""
 
@@ -28,3 +31,17 @@ def block_size_of(config: VllmConfig) -> int:
     if on_cpu() and not cache.user_specified_block_size:
         return CPU_DEFAULT_BLOCK_SIZE
     return cache.block_size
+
+
+def resolve(policy: KVPolicyConfig, config: VllmConfig) -> ResolvedKVPolicy:
+    """The policy in plain numbers for this model's length and block size.
+
+    Args:
+        policy: An enabled policy.
+        config: The engine's configuration.
+
+    Raises:
+        KVPolicyError: If it does not fit them.
+
+    """
+    return policy.resolve(config.model_config.max_model_len, block_size_of(config))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 # In-process engine: deterministic, and starts in seconds. Set before vLLM is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -65,3 +67,14 @@ def smollm() -> Path:
     from hashevict_vllm.models import fetch_default_model
 
     return fetch_default_model()
+
+
+@pytest.fixture
+def cuda() -> Iterator[None]:
+    """Backends are wrapped as on a GPU."""
+    from hashevict_vllm import host
+    from hashevict_vllm.attention.backend import wrap_backend
+
+    with mock.patch.object(host, "on_cpu", return_value=False):
+        yield
+    wrap_backend.cache_clear()

@@ -227,8 +227,7 @@ def log_capacity(
 
     """
     config = kv_cache_configs[0]
-    if sentence := describe_capacity(vllm_config, config):
-        logger.info(sentence)
-        _, groups = group_needs(vllm_config, config)
+    if found := pool_capacity(vllm_config, config):
+        logger.info(describe_capacity(vllm_config, config))
         CAPACITY.open(vllm_config.parallel_config.data_parallel_index)
-        CAPACITY.add(capacity(groups, config.num_blocks).requests)
+        CAPACITY.add(found.requests)

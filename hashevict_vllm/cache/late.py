@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 from hashevict_vllm.cache.spec import BudgetedAttentionSpec
 from hashevict_vllm.config import policy_of
-from hashevict_vllm.host import block_size_of
+from hashevict_vllm.host import resolve
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,7 +35,7 @@ def resolve_again(
     config = policy_of(vllm_config.additional_config)
     if model.original_max_model_len != -1 or not config.enabled:
         return
-    policy = config.resolve(model.max_model_len, block_size_of(vllm_config))
+    policy = resolve(config, vllm_config)
 
     def final(spec: Any) -> Any:
         if isinstance(spec, BudgetedAttentionSpec):

@@ -104,11 +104,7 @@ def device_kernels(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     from ..attention.gpu.rule import device_rule
 
     try:
-        device_rule(
-            policy.resolve(
-                config.model_config.max_model_len, host.block_size_of(config)
-            )
-        )
+        device_rule(host.resolve(policy, config))
     except KVPolicyError as error:
         return str(error)
     return None

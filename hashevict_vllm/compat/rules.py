@@ -352,7 +352,7 @@ def budget_sizes(config: VllmConfig, policy: KVPolicyConfig) -> str | None:
     """Budget and segment against the block size, by `KVPolicyConfig.resolve`."""
     longest = config.model_config.max_model_len
     try:
-        policy.resolve(longest, host.block_size_of(config))
+        host.resolve(policy, config)
     except KVPolicyError as error:
         return str(error)
     if isinstance(policy.budget, int) and policy.budget > longest:

@@ -22,7 +22,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from hashevict_vllm.config import policy_of
-from hashevict_vllm.host import block_size_of
+from hashevict_vllm.host import block_size_of, resolve
 from hashevict_vllm.metrics.counts import (
     Progress,
     evicted_tokens,
@@ -118,9 +118,7 @@ class KVPolicyStatLogger(AggregateStatLoggerBase):
         self._model = vllm_config.model_config.served_model_name
         self._block_size = block_size_of(vllm_config)
         config = policy_of(vllm_config.additional_config)
-        self._policy = config.resolve(
-            vllm_config.model_config.max_model_len, self._block_size
-        )
+        self._policy = resolve(config, vllm_config)
         # By engine and request: budget, and tokens written.
         self._tokens: dict[int, dict[str, tuple[int, int]]] = {
             i: {} for i in self._engines

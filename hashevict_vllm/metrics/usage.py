@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from hashevict_vllm.config import policy_of
-from hashevict_vllm.host import block_size_of
+from hashevict_vllm.host import resolve
 from hashevict_vllm.metrics.counts import evicted_tokens
 from hashevict_vllm.request_budget import asked_budget
 
@@ -60,7 +60,9 @@ def usage_fields() -> dict[str, int]:
 def counted(
     engine: Any, sampling_params: Any, outputs: AsyncGenerator[Any, None]
 ) -> AsyncGenerator[Any, None]:
-    """The outputs of ``AsyncLLM.generate``, counted for the call whose task asks.
+    """The outputs of ``AsyncLLM.generate``, counted for the call that asks.
+
+    Outside of a call nothing is counted, nor where no policy is on: there is no tally.
 
     Args:
         engine: The `AsyncLLM`.
@@ -68,44 +70,32 @@ def counted(
         outputs: What ``generate`` returned, `RequestOutput` by `RequestOutput`.
 
     """
-    budget = _budget_of(engine)
-    if budget is None:
-        return outputs
     tally = _TALLY.get(None)
-    if tally is None:
-        _TALLY.set(tally := Tally())
-    return _count(outputs, tally, budget, sampling_params)
+    return outputs if tally is None else _count(engine, outputs, tally, sampling_params)
 
 
-def _budget_of(engine: Any) -> int | None:
-    """The server's budget, or None where no policy is on."""
+def _budget_of(engine: Any) -> int:
+    """The server's budget; there is a tally only where a policy is on."""
     if not hasattr(engine, "hashevict_budget"):
-        config = engine.vllm_config
-        policy = policy_of(config.additional_config)
-        engine.hashevict_budget = (
-            policy.resolve(
-                config.model_config.max_model_len, block_size_of(config)
-            ).budget
-            if policy.enabled
-            else None
-        )
-    return engine.hashevict_budget
+        policy = policy_of(engine.vllm_config.additional_config)
+        engine.hashevict_budget = resolve(policy, engine.vllm_config).budget
+    return int(engine.hashevict_budget)
 
 
 async def _count(
-    outputs: AsyncGenerator[Any, None], tally: Tally, budget: int, params: Any
+    engine: Any, outputs: AsyncGenerator[Any, None], tally: Tally, params: Any
 ) -> AsyncGenerator[Any, None]:
     from vllm.sampling_params import RequestOutputKind
 
     delta = params.output_kind == RequestOutputKind.DELTA
     generated: dict[int, int] = {}
     evicted: dict[int, int] = {}
-    prompt_len = 0
+    prompt_len, budget = 0, None
     async with aclosing(outputs):
         async for output in outputs:
-            # Not before there is an output: until then its value may be refused.
-            if (asked := asked_budget(params.extra_args)) is not None:
-                budget = asked
+            if budget is None:  # until there is an output, it may be refused
+                asked = asked_budget(params.extra_args)
+                budget = _budget_of(engine) if asked is None else asked
             prompt_len = len(output.prompt_token_ids or ()) or prompt_len
             for choice in output.outputs:
                 earlier = generated.get(choice.index, 0) if delta else 0

@@ -66,7 +66,7 @@ def budgeted_backend(
     from vllm.config import get_current_vllm_config
 
     from hashevict_vllm.config import policy_of
-    from hashevict_vllm.host import block_size_of
+    from hashevict_vllm.host import resolve
 
     vllm_config = get_current_vllm_config()
     config = policy_of(vllm_config.additional_config)
@@ -74,6 +74,4 @@ def budgeted_backend(
         return backend
     from hashevict_vllm.attention.backend import wrap_backend
 
-    max_model_len = vllm_config.model_config.max_model_len
-    policy = config.resolve(max_model_len, block_size_of(vllm_config))
-    return wrap_backend(backend, policy)
+    return wrap_backend(backend, resolve(config, vllm_config))

@@ -26,7 +26,6 @@ class PolicyHooks:
         from vllm.config import CompilationMode
 
         from hashevict_vllm import host
-        from hashevict_vllm.attention.gpu.fork import join_after
         from hashevict_vllm.cache.coverage import check_layers
         from hashevict_vllm.config import policy_of
 
@@ -36,6 +35,8 @@ class PolicyHooks:
         compiled = vllm_config.compilation_config.mode == whole
         enabled = policy_of(vllm_config.additional_config).enabled
         if enabled and not compiled and not host.on_cpu():
+            from hashevict_vllm.attention.gpu.fork import join_after
+
             join_after(model)
 
     def check_model(self, vllm_config: Any, specs: Any) -> None:

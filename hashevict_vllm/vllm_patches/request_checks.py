@@ -36,15 +36,14 @@ def check_request(vllm_config: Any, request: Any, num_engines: int) -> None:
     from vllm.exceptions import VLLMValidationError
 
     from hashevict_vllm.config import KVPolicyError, policy_of
-    from hashevict_vllm.host import block_size_of
+    from hashevict_vllm.host import block_size_of, resolve
     from hashevict_vllm.request_budget import check_budget
 
     config = policy_of(vllm_config.additional_config)
     if not config.enabled:
         return
     longest = vllm_config.model_config.max_model_len
-    block_size = block_size_of(vllm_config)
-    policy = config.resolve(longest, block_size)
+    block_size, policy = block_size_of(vllm_config), resolve(config, vllm_config)
     prompt = request.prompt_token_ids
     tokens = len(request.prompt_embeds if prompt is None else prompt)
     tokens = min(tokens + (params.max_tokens or longest), longest)

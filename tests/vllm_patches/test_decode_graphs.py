@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 
-from hashevict_vllm import host, plugin
+from hashevict_vllm import plugin
 from hashevict_vllm.config import KVPolicyConfig
 
 plugin.register()
@@ -33,13 +32,6 @@ from hashevict_vllm.attention.gpu.metadata import (  # noqa: E402
 )
 
 POLICY = KVPolicyConfig.from_dict({"name": "hashevict", "budget": 64}).resolve(512, 16)
-
-
-@pytest.fixture
-def cuda() -> Any:
-    with mock.patch.object(host, "on_cpu", return_value=False):
-        yield
-    wrap_backend.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])

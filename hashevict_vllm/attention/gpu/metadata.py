@@ -111,7 +111,7 @@ class DeviceMetadataBuilderMixin:
     ) -> None:
         """Build the inner builder, then the buffers."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        self._kept_for: tuple[int, dict[int, int]] = (0, {})
+        self._kept_for: tuple[int, dict[int, int]] | None = None
         self._kept: tuple[np.ndarray, torch.Tensor, torch.Tensor]
         layers = vllm_config.compilation_config.static_forward_context
         ordered = [layers[name] for name in layers if name in set(layer_names)]

@@ -7,19 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hashevict_vllm.resolved import pace
+from hashevict_vllm.sizing.presets import PRESETS
 
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
-"""Fields of ``LlamaConfig``: Llama-3.1-8B, as in `kernels.triton.cost`."""
+LLAMA_8B = PRESETS["llama-3.1-8b"]
+"""Its ``config.json``: the model of `kernels.triton.cost`."""
 
 LAUNCHES, STOCK = "launches", "stock"
 
@@ -39,7 +30,7 @@ class Sizes:
     """What is timed.
 
     Attributes:
-        model: Fields of ``LlamaConfig``.
+        model: Its ``config.json``.
         dtype: Of weights and cache, as vLLM names it.
         itemsize: Bytes of one of its numbers.
         batches: Requests that decode together.

@@ -10,13 +10,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from hashevict_vllm import host, plugin
+from hashevict_vllm import plugin
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
@@ -128,13 +127,6 @@ def test_microbatches_are_refused(config: Any) -> None:
 
 
 # -- what is wrapped -------------------------------------------------------------
-
-
-@pytest.fixture
-def cuda() -> Any:
-    with mock.patch.object(host, "on_cpu", return_value=False):
-        yield
-    wrap_backend.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])

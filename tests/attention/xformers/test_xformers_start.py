@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hashevict_vllm import host, plugin
+from hashevict_vllm import plugin
 from hashevict_vllm.config import KVPolicyConfig, KVPolicyError, kv_policy
 
 plugin.register()
@@ -119,10 +119,8 @@ def test_an_extension_that_does_not_load_is_a_reason() -> None:
 
 
 @pytest.fixture
-def wrapped() -> Any:
-    with mock.patch.object(host, "on_cpu", return_value=False):
-        yield wrap_backend(XformersBackend, POLICY)
-    wrap_backend.cache_clear()
+def wrapped(cuda: Any) -> Any:
+    return wrap_backend(XformersBackend, POLICY)
 
 
 def test_it_is_wrapped_and_stays_out_of_graphs(wrapped: Any) -> None:
