@@ -99,11 +99,12 @@ def answer(llm: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Output]:
     """
     from hashevict_vllm.eval.forcing import forced_params, token_logprobs
 
+    ends = turn_ends(llm, tokenizer)
     requests = []
     for sample in samples:
         if sample.free:
             params = forced_params(
-                sample.opening, sample.free, sample.stop, sample.sampling
+                sample.opening, sample.free, sample.stop, sample.sampling, ends
             )
             requests.append((sample.prompt, params))
         for continuation in sample.forced:
@@ -124,6 +125,9 @@ def answer(llm: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Output]:
             ids = list(completion.token_ids)[skip:]
             free = token_logprobs(completion)[skip:]
             finished = completion.finish_reason == "stop"
+            end = next((i for i, token in enumerate(ids) if token in ends), None)
+            if end is not None:
+                ids, free, finished = ids[: end + 1], free[: end + 1], True
             text = _until(tokenizer.decode(ids, skip_special_tokens=True), sample.stop)
         logprobs = [
             token_logprobs(next(results).outputs[0])[continuation.scored_from :]
@@ -131,6 +135,13 @@ def answer(llm: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[Output]:
         ]
         outputs.append(Output(text, ids, free, logprobs, finished))
     return outputs
+
+
+def turn_ends(llm: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the tokenizer's, and the generation config's."""
+    config = llm.llm_engine.vllm_config.model_config.try_get_generation_config()
+    ends = config.get("eos_token_id") or []
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
 def _until(text: str, stop: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ This is the interface of vLLM's model runner V1, the CPU's; runner V2 wants anot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,21 +66,26 @@ def forced_params(
     free: int = 0,
     stop: Sequence[str] = (),
     sampling: Mapping[str, Any] | None = None,
+    ends: Collection[int] = (),
 ) -> SamplingParams:
     """Greedy sampling that starts with given tokens and reports log-probabilities.
+
+    Where one of `ends` is forced, as between two turns of a chat, vLLM must not end the
+    request there: nor does it then where the free part has one.
 
     Args:
         forced: First tokens of the output.
         free: Tokens that may follow, of the model's own choice.
         stop: Strings that end the free part.
         sampling: Other keys of `SamplingParams`, such as a temperature.
+        ends: Tokens that end a turn.
 
     """
     return SamplingParams(
         **{"temperature": 0.0, **(sampling or {})},
         max_tokens=len(forced) + free,
         logprobs=0,  # the sampled token's own
-        ignore_eos=not free,
+        ignore_eos=not free or not set(ends).isdisjoint(forced),
         stop=list(stop),
         detokenize=bool(stop),
         extra_args={FORCED: list(forced)},

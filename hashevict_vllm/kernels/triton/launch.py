@@ -10,6 +10,10 @@ _BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 SCAN_TILE = 1024
 """Slots per step of a scan: four independent loads per word and thread of 8 warps."""
 
+WRITE_TILE = 4096
+"""Likewise of the scan that attention waits for: one step, as a second one would wait
+for its block table and its words again (`kernels.triton.cost`)."""
+
 SCAN_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 """A program has 256 threads. Without a bound ptxas spills a register here and there to
 fit one more program on a multiprocessor; with it none of the kernels does."""
@@ -69,11 +73,11 @@ def scan_tile(bound: int) -> int:
 
 def write_tile(budget: int) -> int:
     """Slots per step of the scan that attention waits for, which is over a budget."""
-    return 2 * scan_tile(budget) if budget > SCAN_TILE else scan_tile(budget)
+    return min(WRITE_TILE, max(padded(budget), 32))
 
 
 def scan_options(budget: int) -> dict[str, int]:
-    """As `SCAN_OPTIONS`, with twice as many threads for twice as many slots."""
+    """As `SCAN_OPTIONS`, with twice as many threads for more slots."""
     if budget > SCAN_TILE:
         return {"num_warps": 16, "maxnreg": 64}
     return SCAN_OPTIONS
