@@ -91,7 +91,8 @@ def write_cost(batch: int, budget: int, kind: int = codes.VOTE) -> Cost:
     (launch,) = (made for made in shape.launches() if made.name == "write")
     steps = -(-budget // launch.arguments["TILE"])
     # Of a further step a warp waits for the block table, then for the words.
-    return cost(launch, batch * shape.heads, [steps], 2 * (steps - 1))
+    loop = [steps] if steps > 1 else []
+    return cost(launch, batch * shape.heads, loop, 2 * (steps - 1))
 
 
 def ballot_cost(batch: int, budget: int) -> Cost:

@@ -11,8 +11,8 @@ SCAN_TILE = 1024
 """Slots per step of a scan: four independent loads per word and thread of 8 warps."""
 
 WRITE_TILE = 4096
-"""Likewise of the scan that attention waits for: one step, as a second one would wait
-for its block table and its words again (`kernels.triton.cost`)."""
+"""What the scan that attention waits for takes in one step, if that is all: a loop
+would wait for its block table and words again, and needs more registers per slot."""
 
 SCAN_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 """A program has 256 threads. Without a bound ptxas spills a register here and there to
@@ -73,7 +73,8 @@ def scan_tile(bound: int) -> int:
 
 def write_tile(budget: int) -> int:
     """Slots per step of the scan that attention waits for, which is over a budget."""
-    return min(WRITE_TILE, max(padded(budget), 32))
+    whole = max(padded(budget), 32)
+    return whole if whole <= WRITE_TILE else 2 * SCAN_TILE
 
 
 def scan_options(budget: int) -> dict[str, int]:

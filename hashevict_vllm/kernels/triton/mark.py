@@ -74,7 +74,7 @@ def replay_kernel(
         token = ((row + i).to(tl.int64) * step.heads + head) * (sizes.group + 1)
         sources = signed.signatures + token * sizes.hashed
         best, best_slot = find_victims(
-            at, slot + i, sources, start + i, recent, rule, sizes, TILE
+            at, slot + i, sources, start + i, recent, rule, sizes, TILE, False
         )
         found = (best == tl.max(best, 0)) & (best >= 0)
         meta = meta_of(at, best_slot, found, sizes)

@@ -88,6 +88,28 @@ def slot_scores(
 
 
 @triton.jit
+def _orders(
+    at,
+    slots,
+    live,
+    sources,
+    t,
+    recent,
+    rule: tl.constexpr,
+    sizes: tl.constexpr,
+):
+    """What `find_victims` compares, int64 [n] of slots int32 [n]: -1 if protected."""
+    word = at.page.word
+    used = slots < live
+    meta = meta_of(at, slots, used, sizes)
+    position = tl.load(meta + rule.words * word, mask=used, other=-1)
+    score = slot_scores(meta, used, position, sources, t, word, rule, sizes)
+    allowed = (position >= rule.sinks) & (position <= t - 1 - recent)
+    order = (score.to(tl.int64) << 32) | (position ^ _INT32_MAX).to(tl.int64)
+    return tl.where(used & allowed, order, -1)
+
+
+@triton.jit
 def find_victims(
     at,
     live,
@@ -97,6 +119,7 @@ def find_victims(
     rule: tl.constexpr,
     sizes: tl.constexpr,
     TILE: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """Scan the first ``live`` slots; every lane keeps the best of those it saw.
 
@@ -112,6 +135,7 @@ def find_victims(
         rule: `DeviceRule`.
         sizes: `Sizes`.
         TILE: Slots per step.
+        ONCE: No more than ``TILE`` slots are live, so that there is one step.
 
     Returns:
         int64 [TILE], score and age in one number that orders victims, -1 for none; its
@@ -120,22 +144,18 @@ def find_victims(
 
     """
     lane = tl.arange(0, TILE)
-    best = tl.full([TILE], -1, tl.int64)
-    best_slot = tl.zeros([TILE], tl.int32)
-    word = at.page.word
-    for first in range(0, live, TILE):
-        slots = first + lane
-        used = slots < live
-        meta = meta_of(at, slots, used, sizes)
-        position = tl.load(meta + rule.words * word, mask=used, other=-1)
-        score = slot_scores(meta, used, position, sources, t, word, rule, sizes)
-        allowed = (position >= rule.sinks) & (position <= t - 1 - recent)
-        order = (score.to(tl.int64) << 32) | (position ^ _INT32_MAX).to(tl.int64)
-        order = tl.where(used & allowed, order, -1)
-        better = order > best
-        best = tl.where(better, order, best)
-        best_slot = tl.where(better, slots, best_slot)
-    return best, best_slot
+    if ONCE:
+        return _orders(at, lane, live, sources, t, recent, rule, sizes), lane
+    else:
+        best = tl.full([TILE], -1, tl.int64)
+        best_slot = tl.zeros([TILE], tl.int32)
+        for first in range(0, live, TILE):
+            slots = first + lane
+            order = _orders(at, slots, live, sources, t, recent, rule, sizes)
+            better = order > best
+            best = tl.where(better, order, best)
+            best_slot = tl.where(better, slots, best_slot)
+        return best, best_slot
 
 
 @triton.jit

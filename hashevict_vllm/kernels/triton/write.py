@@ -133,8 +133,9 @@ def write_kernel(
             first = token_head * (sizes.group + 1)
             sources = signed.signatures + first * sizes.hashed
             recent = tl.load(piece + RECENT)
+            once: tl.constexpr = rule.budget <= TILE
             best, best_slot = find_victims(
-                at, slot, sources, position, recent, rule, sizes, TILE
+                at, slot, sources, position, recent, rule, sizes, TILE, once
             )
             slot = tl.max(tl.where(best == tl.max(best, 0), best_slot, -1), 0)
         # What the scan read may be in the victim's slot.
