@@ -73,8 +73,7 @@ def scan_tile(bound: int) -> int:
 
 def write_tile(budget: int) -> int:
     """Slots per step of the scan that attention waits for, which is over a budget."""
-    whole = max(padded(budget), 32)
-    return whole if whole <= WRITE_TILE else 2 * SCAN_TILE
+    return 2 * SCAN_TILE if budget > WRITE_TILE else max(padded(budget), 32)
 
 
 def scan_options(budget: int) -> dict[str, int]:
