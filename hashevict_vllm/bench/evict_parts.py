@@ -91,7 +91,7 @@ def measure(
     parts: dict[str, timing.Part] = {
         "stock's update": lambda _: layer.cache.write(k, v, stock),
         "hash": lambda _: _hash(*common, rule == "instant"),
-        "scan": lambda _: _scan(*common, budget),
+        "scan": lambda _: _scan(*common, budget, policy.recent),
         "write": write,
     }
     if rule == "vote":
@@ -134,7 +134,7 @@ def _hash(where, numbers, places, table, queries):
 
 
 @njit(nogil=True)
-def _scan(where, numbers, places, table, budget):
+def _scan(where, numbers, places, table, budget, recent):
     pages, rule, table = pages_of(*where), rule_of(*numbers), unowned(table)
     scratch = new_scratch(pages, rule, tokens_at(places, where[0]))
     chosen, total, t = new_chosen(pages, scratch), np.int64(0), 5 * budget
@@ -146,7 +146,17 @@ def _scan(where, numbers, places, table, budget):
             for head in range(pages.heads):
                 blocks = table[row]
                 scan_block(
-                    pages, rule, blocks, first, budget, head, t, merged, scores, best
+                    pages,
+                    rule,
+                    blocks,
+                    first,
+                    budget,
+                    head,
+                    t,
+                    recent,
+                    merged,
+                    scores,
+                    best,
                 )
         for head in range(pages.heads):
             total += best_slot(best[head])

@@ -72,6 +72,15 @@ def test_decode_layer_measures_every_rule(tmp_path: Path, rule: str) -> None:
     assert (tmp_path / "decode-layer-D64-batch2.png").is_file()
 
 
+def test_the_parts_of_an_eviction_step_are_timed(tmp_path: Path) -> None:
+    small = ("--budgets", "256", "--batch", "2", "--head-dim", "64", "--heads", "4/2")
+    instant, vote = run(tmp_path, "evict-parts", *small, "--repeats", "2")["rows"]
+    parts = {"stock's update", "hash", "scan", "write"}
+    assert instant["seconds"].keys() == parts
+    assert vote["seconds"].keys() == parts | {"frame", "ballot"}
+    assert {spread["n"] for spread in vote["seconds"].values()} == {2}
+
+
 def test_caches_larger_than_allowed_are_left_out(tmp_path: Path) -> None:
     found = run(
         tmp_path,
