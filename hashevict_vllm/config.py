@@ -21,6 +21,7 @@ from hashevict_vllm.values import (
     as_int,
     as_share,
     as_tokens,
+    as_weight,
     fail,
     percent_of,
     tokens_of,
@@ -54,7 +55,7 @@ HASH_OPTIONS = (
 """Options of policies that keep signatures."""
 
 SCORING_OPTIONS = {
-    "vote": ("window", "pool", "vote_every", "decay"),
+    "vote": ("window", "pool", "value_weight", "vote_every", "decay"),
     "instant": ("hash_source",),
 }
 """Options that one rule of hashevict alone reads."""
@@ -142,6 +143,8 @@ class KVPolicyConfig:
         window: With ``vote``: last queries of a prompt segment that vote.
         pool: With ``vote``: a slot's votes count for this many positions, itself and
             those that follow it (and one before), when a segment is reduced.
+        value_weight: With ``vote``: when a segment is reduced, how much a value unlike
+            the others counts beside votes; 0 counts votes alone.
         vote_every: With ``vote``: in decode, one token of so many votes; by default
             one of ``budget / 128``, at most 8.
         decay: With ``vote``: factor on earlier votes at every vote in decode; by
@@ -166,6 +169,7 @@ class KVPolicyConfig:
     seed: int = 0
     window: int = 16
     pool: int = 15
+    value_weight: float = 64.0
     vote_every: int | None = None
     decay: float | None = None
     allow_full: bool = False
@@ -284,6 +288,7 @@ class KVPolicyConfig:
             seed=as_int(flag("seed"), self.seed, 0, MAX_SEED),
             window=as_int(flag("window"), self.window, 1, MAX_VOTES),
             pool=as_int(flag("pool"), self.pool, 1, MAX_VOTES),
+            value_weight=as_weight(flag("value_weight"), self.value_weight),
             vote_every=None
             if self.vote_every is None
             else as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
@@ -355,6 +360,7 @@ class KVPolicyConfig:
             seed=self.seed,
             window=self.window,
             pool=self.pool,
+            value_weight=self.value_weight,
             vote_every=vote_every,
             decay=decay,
             recent_percent=percent_of(self.recent),

@@ -46,6 +46,7 @@ class ResolvedKVPolicy:
         seed: Seed of the projection, or of the random policy.
         window: Voting queries of a segment.
         pool: Positions over which votes are max-pooled.
+        value_weight: Of credit for unusual values; see `policies.value`.
         vote_every: In decode, one token of so many votes.
         decay: Factor on earlier votes at every vote in decode.
         recent_percent: ``recent`` as a share of the budget; None for tokens.
@@ -65,6 +66,7 @@ class ResolvedKVPolicy:
     seed: int
     window: int
     pool: int
+    value_weight: float
     vote_every: int
     decay: float
     recent_percent: float | None = None

@@ -21,6 +21,10 @@ them (1) decode would judge neighbourhoods, and keep words for what stood beside
 A power of two, so that no product is rounded.
 """
 
+BESIDE = 1
+"""How far the value of a slot is from the mean is averaged over this many positions to
+either side (`hashevict_vllm.policies.value`)."""
+
 UNDESCRIBED = -1
 """Instead of `Described.words`, which end in an exponent below 255: not yet described.
 

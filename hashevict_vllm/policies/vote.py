@@ -21,6 +21,7 @@ from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
 from hashevict_vllm.policies.frame import KeyFrame
+from hashevict_vllm.policies.value import credit, credit_weight
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
@@ -115,23 +116,44 @@ class Vote(EvictionRule):
         return 2**15 - 1 - (bits >> 16)
 
     def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor:
-        """Protected slots, then those with the most votes in their neighbourhood.
+        """Protected slots, then those of the most merit.
 
-        In decode every slot is judged by its own votes, of which it has from now on at
-        least `NEIGHBOURS` times its neighbourhood's.
+        That is votes in the neighbourhood, and credit for an unusual value. In decode
+        every slot is judged by its own votes, of which it has from now on at least
+        `NEIGHBOURS` times its merit.
         """
         position = slots.position
-        pooled = self._pooled(position, slots.votes)
-        slots.votes.copy_(torch.maximum(slots.votes, NEIGHBOURS * pooled))
+        merit = self.merit(position, slots.votes, slots.v)
+        slots.votes.copy_(torch.maximum(slots.votes, NEIGHBOURS * merit))
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
         )
-        pooled[protected] = float("inf")
+        merit[protected] = float("inf")
         # Stable sorts: by age, then by votes, so that ties keep the newer slot.
         by_age = position.argsort(dim=1, descending=True)
-        ranked = pooled.gather(1, by_age).argsort(dim=1, descending=True, stable=True)
+        ranked = merit.gather(1, by_age).argsort(dim=1, descending=True, stable=True)
         kept = by_age.gather(1, ranked[:, : self.policy.budget])
         return kept.sort(dim=1).values
+
+    def merit(
+        self, position: torch.Tensor, votes: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """What slots are worth when a segment is reduced: float32 [Hkv, n].
+
+        Args:
+            position: int64 [Hkv, n].
+            votes: float32 [Hkv, n].
+            v: float32 [Hkv, n, D].
+
+        """
+        policy, slots = self.policy, v.shape[1]
+        pooled = self._pooled(position, votes)
+        if policy.value_weight == 0:
+            return pooled
+        weight = credit_weight(
+            policy.value_weight, policy.window, policy.budget, slots
+        )
+        return pooled + credit(position, v, policy.sinks, weight)
 
     def _pooled(self, position: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
         """Votes [Hkv, n] smoothed, then the largest of a slot and those before it."""

@@ -46,6 +46,7 @@ def policy_of(budget: int, segment: int, **changes: Any) -> ResolvedKVPolicy:
         segment=segment,
         seed=0,
         pool=3,
+        value_weight=64.0,
         decay=0.9,
         **{**numbers, **changes},
     )

@@ -14,6 +14,7 @@ from hashevict_vllm.kernels.cpu import launch
 from hashevict_vllm.kernels.cpu.openmp import find_openmp
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.policies import make_rule
+from hashevict_vllm.policies.value import credit_weight
 from hashevict_vllm.policies.vote import estimate_scale
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -34,14 +35,16 @@ def rule_array(policy: ResolvedKVPolicy) -> np.ndarray:
 
 
 def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.ndarray:
-    """What votes are weighed with: factor of what is hashed of a logit, decay, scale.
+    """What votes are weighed with.
 
     Returns:
-        float32 [3].
+        float32 [4]: factor of what is hashed of a logit, decay, scale, credit
+        (`kernels.cpu.layer.Rule`).
 
     """
     factor = estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
-    return np.array([scale * factor, policy.decay, scale], np.float32)
+    credit = credit_weight(policy.value_weight, policy.window, budget=1, slots=1)
+    return np.array([scale * factor, policy.decay, scale, credit], np.float32)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class KernelConstants:
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
         rule: int64 [5], see `rule_array`.
-        strengths: float32 [3], see `vote_strengths`.
+        strengths: float32 [4], see `vote_strengths`.
         openmp: int64 [2], see `find_openmp`.
 
     """

@@ -62,6 +62,8 @@ class Rule(NamedTuple):
         gain: Factor of the hashed part of a logit, float32.
         decay: Factor on earlier votes, float32.
         scale: Of the softmax, float32.
+        credit: Credit for unusual values per slot of a budget, float32
+            (`hashevict_vllm.policies.value.credit_weight` times n^2 / C).
 
     """
 
@@ -75,6 +77,7 @@ class Rule(NamedTuple):
     gain: float
     decay: float
     scale: float
+    credit: float
 
 
 class Scratch(NamedTuple):
@@ -170,4 +173,5 @@ def rule_of(rule, projection, bits, strengths):
         strengths[0],
         strengths[1],
         strengths[2],
+        strengths[3],
     )

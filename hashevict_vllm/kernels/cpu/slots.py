@@ -90,6 +90,18 @@ def load_key(pages, blocks, slot, head, out):
 
 
 @inlined
+def load_value(pages, blocks, slot, head, out):
+    """Read the value of a slot as float32 into ``out`` [D]."""
+    start = elements_of(pages, blocks, slot, head)
+    page = pages.elements[start : start + pages.block_size * pages.dim * 2]
+    at = pages.v_map[slot % pages.block_size]
+    bits = out.view(np.uint32)
+    for d in range(len(out)):
+        bits[d] = page[at[d]]
+    load(bits, pages.kind, out)
+
+
+@inlined
 def prefetch_lines(pages, blocks, slot, head, slot_map):
     """Ask for the lines of a slot's K or V; ``slot_map`` int32 [N, D] says which."""
     start = elements_of(pages, blocks, slot, head)

@@ -28,6 +28,7 @@ from hashevict_vllm.kernels.cpu.slots import (
     word_of,
 )
 from hashevict_vllm.kernels.cpu.tokens import load_queries
+from hashevict_vllm.kernels.cpu.value import add_credit
 
 BALLOT_AHEAD = 8
 """Blocks that are asked for ahead of the estimate of their logits."""
@@ -188,11 +189,12 @@ def _pool(position, votes, pool):
 
 @njit
 def mark_losers(pages, rule, blocks, num_slots, head, end, budget, recent):
-    """Mark all but ``budget`` of the slots ``~position``: those with fewest votes.
+    """Mark all but ``budget`` of the slots ``~position``: those of the least merit.
 
-    Votes are pooled over ``rule.pool`` positions (`hashevict_vllm.policies.vote`); a
-    slot keeps its own, but at least `NEIGHBOURS` of those. Sinks and positions of at
-    least ``end - recent`` are protected; ties keep the newer slot.
+    That is votes pooled over ``rule.pool`` positions, and credit for unusual values
+    (`hashevict_vllm.policies.vote`); a slot keeps its own votes, but at least
+    `NEIGHBOURS` of its merit. Sinks and positions of at least ``end - recent`` are
+    protected; ties keep the newer slot.
     """
     words, size, tail = pages.words, row_size(pages), pages.tail
     position = np.empty(num_slots, np.int32)
@@ -203,20 +205,21 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, budget, recent):
         position[slot] = tail[at + words * size]
         votes[slot] = as_float[at + (words - 1) * size]
     order = np.argsort(position)
-    pooled = _pool(position[order], votes[order], rule.pool)
+    position, votes = position[order], votes[order]
+    merit = _pool(position, votes, rule.pool)
+    if rule.credit > 0:
+        add_credit(pages, rule, blocks, head, position, order, budget, merit)
     share = np.float32(NEIGHBOURS)
     for i in range(num_slots):
-        slot = order[i]
-        at = word_of(pages, blocks, slot, head)
-        as_float[at + (words - 1) * size] = max(votes[slot], share * pooled[i])
-    ranked = np.argsort(pooled, kind="mergesort")
+        at = word_of(pages, blocks, order[i], head)
+        as_float[at + (words - 1) * size] = max(votes[i], share * merit[i])
+    ranked = np.argsort(merit, kind="mergesort")
     left = num_slots - budget
     for i in ranked:
-        slot = order[i]
         if left == 0:
             break
-        if position[slot] < rule.sinks or position[slot] >= end - recent:
+        if position[i] < rule.sinks or position[i] >= end - recent:
             continue
-        at = word_of(pages, blocks, slot, head) + words * size
-        tail[at] = ~position[slot]
+        at = word_of(pages, blocks, order[i], head) + words * size
+        tail[at] = ~position[i]
         left -= 1

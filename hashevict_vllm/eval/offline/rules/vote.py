@@ -120,21 +120,21 @@ class VoteRule(Rule):
         return make_projection(head_dim, bits, self.policy.seed, self.policy.orthogonal)
 
     def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Votes of the prompt's last queries, own and pooled; as `Vote.survivors`.
+        """Votes of the last queries, and merit, as in `Vote.survivors`.
 
-        Budgets share them; what is protected depends on the budget.
+        Credit for values depends on the budget, and so does what is protected.
         """
         position = torch.arange(len(prompt)).expand(len(prompt.k), -1)
         voters = self.policy.voters(0, len(prompt), len(prompt))
         reduced = len(prompt) > self.budget
-        name = (self.label, self.policy.seed, voters, reduced)
+        name = (self.label, self.policy.seed, voters, reduced and self.budget)
         if name not in prompt.memo:
             votes = self._votes(prompt, position, voters)
-            pooled = self.rule._pooled(position, votes) if reduced else votes
-            votes = torch.maximum(votes, NEIGHBOURS * pooled)
-            prompt.memo[name] = torch.stack([votes, pooled])
-        votes, pooled = prompt.memo[name]
-        score = pooled.clone()
+            merit = self.rule.merit(position, votes, prompt.v) if reduced else votes
+            votes = torch.maximum(votes, NEIGHBOURS * merit)
+            prompt.memo[name] = torch.stack([votes, merit])
+        votes, merit = prompt.memo[name]
+        score = merit.clone()
         score[:, : self.policy.sinks] = float("inf")
         score[:, max(0, len(prompt) - self.recent) :] = float("inf")
         return votes, score

@@ -1,0 +1,75 @@
+"""What a prompt says besides what it asks: credit for values that are unlike the rest.
+
+A prompt's last queries know what is asked now. What may be asked later they do not know,
+and slots that carry something of their own are then the best guess: a value far from the
+head's mean value changes what attention gives, wherever it is read. VATP (arXiv
+2406.12335) weighs attention by the norm of values; the mean is taken off here, as every
+answer of a head holds it anyway, and the credit stands beside votes instead of scaling
+them, as nobody votes for what nobody asks yet.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hashevict_vllm.kernels.codes import BESIDE
+
+
+def distances(position: torch.Tensor, v: torch.Tensor, sinks: int) -> torch.Tensor:
+    """Squared distance of values from their mean, averaged with the neighbours'.
+
+    The mean is over all slots but the sinks. Neighbours are those of at most `BESIDE`
+    positions to either side that differ from the mean at all, the slot itself among
+    them. What is not finite counts as no distance.
+
+    Args:
+        position: int64 [Hkv, n].
+        v: float32 [Hkv, n, D].
+        sinks: Positions below have no part in the mean.
+
+    Returns:
+        float32 [Hkv, n].
+
+    """
+    counted = (position >= sinks)[..., None]
+    total = torch.where(counted, v, 0.0).sum(1, keepdim=True)
+    square = (v - total / counted.sum(1, keepdim=True)).square().sum(-1)
+    square = torch.where(square.isfinite(), square, 0.0)
+    near = (position[:, :, None] - position[:, None]).abs() <= BESIDE
+    near = near & (square > 0)[:, None]
+    summed = torch.where(near, square[:, None], 0.0).sum(-1)
+    return summed / near.sum(-1).clamp_min(1)
+
+
+def credit(
+    position: torch.Tensor, v: torch.Tensor, sinks: int, weight: float
+) -> torch.Tensor:
+    """``weight`` times the square of a slot's `distances` over their mean.
+
+    0 where that is no number: where all values are alike, or some are not finite.
+
+    Args:
+        position: int64 [Hkv, n].
+        v: float32 [Hkv, n, D].
+        sinks: As `distances`; the mean of distances is without them, too.
+        weight: See `credit_weight`.
+
+    Returns:
+        float32 [Hkv, n], votes.
+
+    """
+    apart = distances(position, v, sinks)
+    counted = position >= sinks
+    mean = torch.where(counted, apart, 0.0).sum(1) / counted.sum(1)
+    ratio = apart / mean[:, None]
+    return weight * torch.where(ratio.isfinite(), ratio, 0.0).square()
+
+
+def credit_weight(value_weight: float, window: int, budget: int, slots: int) -> float:
+    """What a slot gets whose value is as far from the mean as the average one's.
+
+    ``window`` queries give about as many votes away, 1 in ``slots`` of them to a slot
+    on average; credit is ``value_weight`` times that, and the less the smaller the
+    share of slots that may stay, as what is asked now comes first.
+    """
+    return value_weight * window * budget / slots**2
