@@ -74,9 +74,10 @@ def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_an_eighth() -> No
         )
         return dict(pairs)
 
+    votes_alone = {"budget": 50, "value_weight": 0}
     whole = read({"budget": 199, "pool": 15}, prompt=150, outputs=0)  # all stays
-    pooled = read({"budget": 50, "pool": 15}, prompt=150, outputs=0)
-    alone = read({"budget": 50, "pool": 1}, prompt=150, outputs=0)
+    pooled = read({**votes_alone, "pool": 15}, prompt=150, outputs=0)
+    alone = read({**votes_alone, "pool": 1}, prompt=150, outputs=0)
     assert not torch.equal(pooled.slots.position, alone.slots.position)
     for head in range(HEADS):
         own = votes_by_position(whole, head)

@@ -260,7 +260,7 @@ def test_victims_are_marked_with_the_complement_so_that_position_0_is_too() -> N
 
 
 def test_losers_of_a_ballot_are_marked_with_the_complement_as_well() -> None:
-    layer = open_segment({"scoring": "vote", "window": 1})
+    layer = open_segment({"scoring": "vote", "window": 1, "value_weight": 0})
     pages = layer.pages
     where = (pages.elements, pages.tail, layer.k_map, layer.v_map)
     geometry = pages.kernel_geometry

@@ -1,0 +1,67 @@
+"""Credit for unusual values, when a prompt is reduced (`policies.value`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.oracle import resolve
+
+from hashevict_vllm.policies.reference import ReferenceLayer
+from hashevict_vllm.policies.value import credit, credit_weight, distances
+
+HEADS, DIM, SCALE = 2, 32, 32**-0.5
+PROMPT, UNUSUAL = 150, (40, 41, 97)
+
+
+def kept(**options: object) -> list[set[int]]:
+    """Positions that each head keeps of a prompt with a few unusual values."""
+    torch.manual_seed(0)
+    policy = resolve({"budget": 50, "sinks": 1, "recent": 4, **options})
+    layer = ReferenceLayer(policy, PROMPT, HEADS, DIM)
+    q, k, v = torch.randn(3, PROMPT, HEADS, DIM)
+    v[list(UNUSUAL)] *= 4
+    layer.forward(q, k, v, SCALE)
+    return [set(positions) for positions in layer.slots.position.tolist()]
+
+
+def test_unusual_values_stay_though_nobody_asks_for_them() -> None:
+    for positions in kept():
+        assert positions >= set(UNUSUAL)
+    assert any(not positions >= set(UNUSUAL) for positions in kept(value_weight=0))
+
+
+def test_an_average_slot_gets_its_weight_and_others_go_by_the_square() -> None:
+    position = torch.arange(0, 20, 2).expand(1, -1)  # nobody is beside anybody
+    v = torch.zeros(1, 10, 4)
+    v[0, :, 0] = torch.tensor([1.0, -1.0] * 5)
+    assert credit(position, v, 0, 3.0).tolist() == [[3.0] * 10]
+    v[0, :, 0] *= torch.tensor([1.0] * 8 + [2.0] * 2)
+    apart = distances(position, v, 0)
+    assert apart.tolist() == [[1.0] * 8 + [4.0] * 2]
+    torch.testing.assert_close(
+        credit(position, v, 0, 3.0), 3.0 * (apart / apart.mean()).square()
+    )
+
+
+def test_neighbours_share_and_sinks_have_no_part() -> None:
+    position = torch.tensor([[0, 1, 2, 3, 9]])
+    v = torch.tensor([[[100.0], [0.0], [3.0], [-3.0], [0.0]]])
+    # The mean of the last four is 0; the second and the last do not differ from it.
+    expected = [10_000.0, (10_000 + 9) / 2, 9.0, 9.0, 0.0]
+    assert distances(position, v, sinks=1).tolist() == [expected]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_no_value_makes_credit_that_is_no_number(value: float) -> None:
+    torch.manual_seed(0)
+    v = torch.randn(HEADS, 30, DIM)
+    v[:, 7] = value
+    got = credit(torch.arange(30).expand(HEADS, -1), v, 1, 5.0)
+    assert bool((got == 0).all())
+    alike = torch.ones(HEADS, 30, DIM)
+    assert not credit(torch.arange(30).expand(HEADS, -1), alike, 1, 5.0).any()
+
+
+def test_a_smaller_share_to_keep_gives_less_credit() -> None:
+    assert credit_weight(64, 16, 100, 1000) == 64 * 16 * 100 / 1000**2
+    assert credit_weight(0, 16, 100, 1000) == 0
