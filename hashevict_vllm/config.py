@@ -19,9 +19,8 @@ from hashevict_vllm.resolved import ResolvedKVPolicy, pace
 from hashevict_vllm.values import (
     KVPolicyError,
     as_int,
-    as_share,
+    as_number,
     as_tokens,
-    as_weight,
     fail,
     percent_of,
     tokens_of,
@@ -71,6 +70,9 @@ MAX_TOKENS = 2**30
 
 MAX_VOTES = 2**16
 """Bound of options that vote: kernels loop over so many."""
+
+MAX_WEIGHT = 2**20
+"""Of a part of a sum; with more the rest of it would drown in rounding."""
 
 MAX_SEED = 2**63 - 1
 
@@ -288,11 +290,13 @@ class KVPolicyConfig:
             seed=as_int(flag("seed"), self.seed, 0, MAX_SEED),
             window=as_int(flag("window"), self.window, 1, MAX_VOTES),
             pool=as_int(flag("pool"), self.pool, 1, MAX_VOTES),
-            value_weight=as_weight(flag("value_weight"), self.value_weight),
+            value_weight=as_number(flag("value_weight"), self.value_weight, MAX_WEIGHT),
             vote_every=None
             if self.vote_every is None
             else as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
-            decay=None if self.decay is None else as_share(flag("decay"), self.decay),
+            decay=None
+            if self.decay is None
+            else as_number(flag("decay"), self.decay, 1, positive=True),
         )
 
     def sizes(self, max_model_len: int, block_size: int) -> dict[str, int]:

@@ -6,9 +6,6 @@ from typing import Any
 
 from hashevict_vllm.resolved import share_of
 
-MAX_WEIGHT = 2**20
-"""Of a part of a sum; beyond it nothing else in the sum would count."""
-
 
 class KVPolicyError(ValueError):
     """A setting that cannot be served; the message is one sentence for the user."""
@@ -57,32 +54,18 @@ def as_tokens(flag: str, value: Any, minimum: int, maximum: int) -> int | str:
         raise error
 
 
-def as_share(flag: str, value: Any) -> float:
-    """A number in (0, 1]; true is none, nor are bytes."""
+def as_number(flag: str, value: Any, maximum: float, positive: bool = False) -> float:
+    """A number in [0, maximum], or (0, maximum]; true is none, nor are bytes."""
+    span = f"{'(' if positive else '['}0, {maximum}]"
     try:
         if isinstance(value, (bool, bytes)):
             raise TypeError
-        share = float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise fail(flag, f"expected a number in (0, 1], got {value!r}.") from None
-    if not 0 < share <= 1:
-        raise fail(flag, f"must lie in (0, 1], got {share}.")
-    return share
-
-
-def as_weight(flag: str, value: Any) -> float:
-    """A number in [0, `MAX_WEIGHT`]; true is none, nor are bytes."""
-    try:
-        if isinstance(value, (bool, bytes)):
-            raise TypeError
-        weight = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise fail(
-            flag, f"expected a number in [0, {MAX_WEIGHT}], got {value!r}."
-        ) from None
-    if not 0 <= weight <= MAX_WEIGHT:
-        raise fail(flag, f"must lie in [0, {MAX_WEIGHT}], got {weight}.")
-    return weight
+        raise fail(flag, f"expected a number in {span}, got {value!r}.") from None
+    if not 0 <= number <= maximum or (positive and number == 0):
+        raise fail(flag, f"must lie in {span}, got {number}.")
+    return number
 
 
 def percent_of(value: int | str) -> float | None:

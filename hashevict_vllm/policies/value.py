@@ -1,11 +1,11 @@
-"""What a prompt says besides what it asks: credit for values that are unlike the rest.
+"""What a prompt says besides what it asks: credit for values unlike the others.
 
-A prompt's last queries know what is asked now. What may be asked later they do not know,
-and slots that carry something of their own are then the best guess: a value far from the
-head's mean value changes what attention gives, wherever it is read. VATP (arXiv
-2406.12335) weighs attention by the norm of values; the mean is taken off here, as every
-answer of a head holds it anyway, and the credit stands beside votes instead of scaling
-them, as nobody votes for what nobody asks yet.
+A prompt's last queries know what is asked now, not what may be asked later. For that,
+slots that carry something of their own are the best guess: a value far from the mean
+of its head changes what attention gives, wherever it is read. VATP (arXiv 2406.12335)
+multiplies attention by the norm of values. Here the mean is taken off, which all
+answers of a head hold, and credit is added to votes, as nobody votes for what nobody
+asks yet.
 """
 
 from __future__ import annotations

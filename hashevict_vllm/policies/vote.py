@@ -150,9 +150,7 @@ class Vote(EvictionRule):
         pooled = self._pooled(position, votes)
         if policy.value_weight == 0:
             return pooled
-        weight = credit_weight(
-            policy.value_weight, policy.window, policy.budget, slots
-        )
+        weight = credit_weight(policy.value_weight, policy.window, policy.budget, slots)
         return pooled + credit(position, v, policy.sinks, weight)
 
     def _pooled(self, position: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
