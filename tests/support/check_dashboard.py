@@ -134,22 +134,20 @@ class Watch:
         print(f"idle for {seconds:.0f} s: {len(self.faults)} alerts", flush=True)
 
     def fires(self, provocation: str, *names: str) -> None:
-        """Under a provocation all of these alerts fire, and did not before."""
+        """Under a provocation all of these alerts fire, and none whose turn is later."""
         began, due = time.monotonic(), set(names)
-        for name in due & firing(self.url).keys():
-            self._blame(f"{name} fired before it was provoked by {provocation}")
         while due and time.monotonic() - began < PROVOKED_WITHIN_S:
             time.sleep(1)
             for name, summary in firing(self.url).items():
                 if name in due:
-                    seconds = time.monotonic() - began
-                    print(
-                        f"{provocation}, {seconds:.0f} s: {name}: {summary}", flush=True
-                    )
-                due.discard(name)
+                    due.remove(name)
+                    after = f"{provocation}, after {time.monotonic() - began:.0f} s"
+                    print(f"{after}: {name}: {summary}", flush=True)
         for name in sorted(due):
             self._blame(f"{name} was silent for {PROVOKED_WITHIN_S} s of {provocation}")
         self._due -= set(names)
+        for name in sorted(self._due & firing(self.url).keys()):
+            self._blame(f"{name} fired too, at {provocation}")
 
     def all_provoked(self) -> None:
         """No alert may be left out here."""
