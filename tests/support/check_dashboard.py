@@ -134,7 +134,7 @@ class Watch:
         print(f"idle for {seconds:.0f} s: {len(self.faults)} alerts", flush=True)
 
     def fires(self, provocation: str, *names: str) -> None:
-        """Under a provocation all of these alerts fire, and none whose turn is later."""
+        """Under a provocation these alerts fire, and none whose turn is later."""
         began, due = time.monotonic(), set(names)
         while due and time.monotonic() - began < PROVOKED_WITHIN_S:
             time.sleep(1)
