@@ -33,10 +33,10 @@ IDLE_S = 40
 PROVOKED_WITHIN_S = 240
 
 STOCK = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "4096"]
-# A pool of 23 blocks, of which a request fills two.
-STOCK += ["--num-gpu-blocks-override", "24"]
 POLICY = ["--kv-policy", "hashevict", "--kv-budget", "256"]
 POLICY += ["--kv-policy-config.segment", "256"]
+# A pool of 23 blocks, of which a request fills two; without a policy, not one fits.
+POLICY += ["--num-gpu-blocks-override", "24"]
 
 
 # -- Requests ------------------------------------------------------------------------
