@@ -64,6 +64,9 @@ LONG = Load(in_flight=4, prompt=20, output=4000)
 CROWD = Load(in_flight=40, prompt=20, output=400)
 """More than the pool holds. All begin with one block, and then want a second."""
 
+SHORT = Load(in_flight=20, prompt=400, output=60)
+"""Requests that end soon, for panels that show finished ones."""
+
 
 @contextlib.contextmanager
 def under(load: Load, url: str) -> Iterator[None]:
@@ -237,7 +240,7 @@ def check_other(server: str, seconds: float, folder: Path) -> list[str]:
         The faults.
 
     """
-    with prometheus(urlsplit(server).netloc, folder, PACE) as url, under(CROWD, server):
+    with prometheus(urlsplit(server).netloc, folder, PACE) as url, under(SHORT, server):
         wait_until_scraped(url)
         time.sleep(seconds)
         for name, summary in firing(url).items():
