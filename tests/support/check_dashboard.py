@@ -1,175 +1,267 @@
-"""Every panel and alert against a real Prometheus; see scripts/check-dashboard."""
+"""Every panel, every alert against a real Prometheus; see scripts/check-dashboard."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import subprocess
+import random
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
-from urllib.request import urlopen
+from urllib.parse import urlsplit
 
 import httpx
-import yaml
 
-from hashevict_vllm.bench.server import free_port, serve
+from hashevict_vllm.bench.server import free_port, serve_command
 from hashevict_vllm.models import fetch_default_model
-from support.monitoring import ALERTS, alerts, panels
+from support.monitoring import alerts, panels
+from support.prometheus import SCRAPE_S, firing, prometheus, values
+from support.server import REQUEST_TIMEOUT_S, Server, run, server_env
 
-SCRAPE_S = 2
-FLAGS = ["--kv-policy", "hashevict", "--kv-budget", "256", "--enforce-eager"]
-# Small enough that the requests below are preempted.
-FLAGS += ["--kv-policy-config.segment", "256", "--dtype", "bfloat16"]
-FLAGS += ["--max-model-len", "4096", "--num-gpu-blocks-override", "24"]
-IN_FLIGHT, PROMPT, OUTPUT = 20, 400, 300
+PACE = 0.01
+"""Minutes of the alerts become tenths of seconds: one of ten minutes waits for 6 s."""
+
+IDLE_S = 40
+"""Longer than the slowest alert needs at that pace: a window of 9 s, then 18 s."""
+
+PROVOKED_WITHIN_S = 240
+
+STOCK = ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "4096"]
+POLICY = ["--kv-policy", "hashevict", "--kv-budget", "256"]
+POLICY += ["--kv-policy-config.segment", "256"]
+# A pool of 23 blocks, of which a request fills two; without a policy, not one fits.
+POLICY += ["--num-gpu-blocks-override", "24"]
 
 
-@contextlib.contextmanager
-def prometheus(target: str, folder: Path, pace: float = 1) -> Iterator[str]:
-    """A Prometheus with our alerts that scrapes a server; yields its URL.
+# -- Requests ------------------------------------------------------------------------
 
-    Args:
-        target: The server's URL.
-        folder: For its data and configuration.
-        pace: Factor on the alerts' times, to see them fire without waiting.
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are in flight all the time.
+
+    Attributes:
+        in_flight: How many.
+        prompt: Tokens of each prompt; no two are alike, so that no block is shared.
+        output: Tokens of each answer.
 
     """
-    rules = yaml.safe_load(ALERTS.read_text())
-    for rule in rules["groups"][0]["rules"]:
-        rule["for"] = f"{max(int(int(rule['for'][:-1]) * 60 * pace), 1)}s"
-        # Windows of a quarter of an hour, cut as well.
-        for minutes in (10, 15):
-            window = f"{max(int(minutes * 60 * pace), 4 * SCRAPE_S)}s"
-            rule["expr"] = rule["expr"].replace(f"[{minutes}m]", f"[{window}]")
-    (folder / "alerts.yaml").write_text(yaml.safe_dump(rules))
-    config = {
-        "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": "2s"},
-        "rule_files": [str(folder / "alerts.yaml")],
-        "scrape_configs": [
-            {
-                "job_name": "vllm",
-                "static_configs": [{"targets": [urlsplit(target).netloc]}],
-            }
-        ],
-    }
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = ["prometheus", f"--config.file={folder}/prometheus.yml"]
-    command += [f"--storage.tsdb.path={folder}/data"]
-    command += [f"--web.listen-address=127.0.0.1:{port}"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_ready(url, process, folder / "log")
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
+
+    in_flight: int
+    prompt: int
+    output: int
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urlopen(f"{url}/-/ready", timeout=5):
-            return
-        time.sleep(0.2)
-    raise RuntimeError(f"no Prometheus:\n{log.read_text()[-2000:]}")
+LONG = Load(in_flight=4, prompt=20, output=4000)
+"""Few, and each fifteen times the budget."""
 
+CROWD = Load(in_flight=40, prompt=20, output=400)
+"""More than the pool holds. All begin with one block, and then want a second."""
 
-def ask(url: str, path: str) -> Any:
-    """An answer of Prometheus's API."""
-    with urlopen(f"{url}/api/v1/{path}", timeout=30) as answer:
-        return json.load(answer)["data"]
-
-
-def values(url: str, expression: str) -> list[float]:
-    """What an instant query gives, NaN left out."""
-    found = ask(url, f"query?query={quote(expression)}")["result"]
-    numbers = [float(sample["value"][1]) for sample in found]
-    return [number for number in numbers if number == number]
-
-
-def load(url: str, model: str, done: threading.Event) -> None:
-    """Keep one request in flight until told to stop."""
-    prompt = [100 + i % 1000 for i in range(PROMPT)]
-    body = {"model": model, "max_tokens": OUTPUT, "ignore_eos": True}
-    while not done.is_set():
-        answer = httpx.post(
-            f"{url}/v1/completions", json={**body, "prompt": prompt}, timeout=300
-        )
-        answer.raise_for_status()
+SHORT = Load(in_flight=20, prompt=400, output=60)
+"""Requests that end soon, for panels that show finished ones."""
 
 
 @contextlib.contextmanager
-def under_load(url: str) -> Iterator[None]:
-    """Requests in flight, more than the pool holds, while the block runs."""
+def under(load: Load, url: str) -> Iterator[None]:
+    """Keep the load on a server while the block runs.
+
+    Raises:
+        httpx.HTTPError: If a request fails.
+        RuntimeError: If a stream ends with an error.
+
+    """
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     done = threading.Event()
-    threads = [
-        threading.Thread(target=load, args=(url, model, done)) for _ in range(IN_FLIGHT)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(load.in_flight) as pool:
+        clients = [
+            pool.submit(_ask_on, load, url, model, random.Random(seed), done)
+            for seed in range(load.in_flight)
+        ]
+        try:
+            yield
+        finally:
+            done.set()
+        for client in clients:
+            client.result()
 
 
-def check(url: str, seconds: float, folder: Path) -> bool:
-    """Whether no panel is empty; prints values and the alerts that fired."""
-    # Minutes become tenths of seconds: an alert that waits ten minutes fires after 6 s.
-    with prometheus(url, folder, pace=0.01) as server, under_load(url):
-        while not values(server, "hashevict:info"):
-            time.sleep(0.2)
-        time.sleep(2 * SCRAPE_S)  # until then Prometheus has seen no server
-        fired: dict[str, str] = {}
+def _ask_on(
+    load: Load, url: str, model: str, draw: random.Random, done: threading.Event
+) -> None:
+    """One client: a request after the other, the last one left in its middle."""
+    while not done.is_set():
+        prompt = [draw.randrange(100, 10_000) for _ in range(load.prompt)]
+        body = {"model": model, "prompt": prompt, "max_tokens": load.output}
+        body |= {"ignore_eos": True, "stream": True}
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=body, timeout=REQUEST_TIMEOUT_S
+        ) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith('data: {"error"'):
+                    raise RuntimeError(line)
+                if done.is_set():
+                    break
+
+
+# -- What must be seen ---------------------------------------------------------------
+
+
+class Watch:
+    """Which alerts fire in a Prometheus, and whether they should.
+
+    Attributes:
+        faults: A sentence for everything that was not as it should be.
+
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.faults: list[str] = []
+        self._due = {rule["alert"] for rule in alerts()}
+
+    def silent(self, seconds: float) -> None:
+        """While nothing is wrong no alert may fire."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for alert in ask(server, "alerts")["alerts"]:
-                if alert["state"] == "firing":
-                    name = alert["labels"]["alertname"]
-                    fired[name] = alert["annotations"]["summary"]
+            for name, summary in firing(self.url).items():
+                self._blame(f"{name} fired on an idle server: {summary}")
             time.sleep(1)
-        empty = []
-        for title, found in panels().items():
-            numbers = [values(server, expression) for expression in found]
-            shown = ", ".join(" ".join(f"{n:.4g}" for n in part) for part in numbers)
-            print(f"{title}: {shown}")
-            empty += [title for part in numbers if not part]
-        for rule in alerts():
-            name = rule["alert"]
-            print(f"alert {name}: {fired.get(name, 'silent')}", flush=True)
-    for title in empty:
-        print(f"EMPTY: {title}", file=sys.stderr)
-    return not empty
+        print(f"idle for {seconds:.0f} s: {len(self.faults)} alerts", flush=True)
+
+    def fires(self, provocation: str, *names: str) -> None:
+        """Under a provocation these alerts fire, and none whose turn is later."""
+        began, due = time.monotonic(), set(names)
+        while due and time.monotonic() - began < PROVOKED_WITHIN_S:
+            time.sleep(1)
+            for name, summary in firing(self.url).items():
+                if name in due:
+                    due.remove(name)
+                    after = f"{provocation}, after {time.monotonic() - began:.0f} s"
+                    print(f"{after}: {name}: {summary}", flush=True)
+        for name in sorted(due):
+            self._blame(f"{name} was silent for {PROVOKED_WITHIN_S} s of {provocation}")
+        self._due -= set(names)
+        for name in sorted(self._due & firing(self.url).keys()):
+            self._blame(f"{name} fired too, at {provocation}")
+
+    def all_provoked(self) -> None:
+        """No alert may be left out here."""
+        for name in sorted(self._due):
+            self._blame(f"{name} was never provoked")
+
+    def _blame(self, fault: str) -> None:
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+
+def empty_panels(url: str) -> list[str]:
+    """A sentence for each panel without a value; prints all values."""
+    faults = []
+    for title, found in panels().items():
+        numbers = [values(url, expression) for expression in found]
+        shown = ", ".join(" ".join(f"{n:.4g}" for n in part) for part in numbers)
+        print(f"panel {title}: {shown}", flush=True)
+        if not all(numbers):
+            faults.append(f"the panel {title} is empty")
+    return faults
+
+
+def wait_until_scraped(url: str) -> None:
+    """Return once Prometheus has seen a server with a policy for some scrapes."""
+    deadline = time.monotonic() + PROVOKED_WITHIN_S
+    while not values(url, "hashevict:info"):
+        if time.monotonic() > deadline:
+            raise TimeoutError("Prometheus has seen no hashevict:info")
+        time.sleep(0.2)
+    time.sleep(2 * SCRAPE_S)  # an alert that fired without a server ends
+
+
+# -- The checks ----------------------------------------------------------------------
+
+
+def check_own(folder: Path) -> list[str]:
+    """Start servers, provoke every alert, look at every panel.
+
+    The second server stands where the first did, as one whose command has lost its
+    policy.
+
+    Args:
+        folder: For logs and Prometheus's data.
+
+    Returns:
+        The faults.
+
+    """
+    model, port = fetch_default_model(), free_port()
+
+    def server(name: str, flags: Sequence[str]) -> AbstractContextManager[Server]:
+        command = serve_command(model, flags, port)
+        return run(command, port, folder / f"{name}.log", server_env())
+
+    with prometheus(f"127.0.0.1:{port}", folder, PACE) as url:
+        watch = Watch(url)
+        with server("policy", [*STOCK, *POLICY]) as running:
+            wait_until_scraped(url)
+            watch.silent(IDLE_S)
+            with under(LONG, running.url):
+                watch.fires("few long answers", "HashevictEvictsNearlyAll")
+            with under(CROWD, running.url):
+                watch.fires(
+                    "more requests than fit",
+                    "HashevictKVPoolNearlyFull",
+                    "HashevictQueue",
+                    "HashevictReplays",
+                )
+                watch.faults += empty_panels(url)
+        watch.fires("a server that was stopped", "HashevictDown")
+        with server("stock", STOCK):
+            watch.fires("a server without a policy", "HashevictPolicyOff")
+    watch.all_provoked()
+    return watch.faults
+
+
+def check_other(server: str, seconds: float, folder: Path) -> list[str]:
+    """Look at every panel while requests run on somebody's server; say what fires.
+
+    Args:
+        server: Its URL; it is neither stopped nor replaced.
+        seconds: How long requests run.
+        folder: For Prometheus's data.
+
+    Returns:
+        The faults.
+
+    """
+    with prometheus(urlsplit(server).netloc, folder, PACE) as url, under(SHORT, server):
+        wait_until_scraped(url)
+        time.sleep(seconds)
+        for name, summary in firing(url).items():
+            print(f"fires: {name}: {summary}", flush=True)
+        return empty_panels(url)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="scripts/check-dashboard")
     parser.add_argument("--url", help="a server; started here if not given")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=60, help="with --url")
     options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url = options.url
-        if url is None:
-            model = fetch_default_model()
-            variables = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-            server = serve(model, FLAGS, folder / "server.log", variables)
-            url = stack.enter_context(server).url
-        sys.exit(not check(url, options.seconds, folder))
+    with tempfile.TemporaryDirectory() as name:
+        if options.url:
+            faults = check_other(options.url, options.seconds, Path(name))
+        else:
+            faults = check_own(Path(name))
+    for fault in faults:
+        print(f"FAULT: {fault}", file=sys.stderr)
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

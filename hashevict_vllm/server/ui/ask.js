@@ -83,9 +83,9 @@ async function readOn({ key, kind }, id, pane, state) {
     try {
       const { chosen, votes } = pane;
       if (chosen !== null && votes === null && chosen !== asked) {
-        asked = chosen;
         const query = `start=${chosen}&stop=${chosen + 1}&columns=1&include=slots`;
         pane.showVotes(chosen, (await getJson(`${path}?${query}`, key)).slots);
+        asked = chosen; // not before: a 429 is asked again
       } else {
         const answer = await getJson(`${path}?columns=1&include=bitmap`, key);
         if (answer.tokens) pane.show(new Retention(answer));

@@ -7,6 +7,8 @@ function colour(name) {
   return [(number >> 16) & 255, (number >> 8) & 255, number & 255];
 }
 
+const LEAST = 0.2; // of the colour, so that one head of many is seen
+
 /** Paint `cells(x, y)` in [0, 1], or null for nothing, onto a canvas. */
 function paint(canvas, columns, rows, cells) {
   const from = colour("--back");
@@ -18,10 +20,11 @@ function paint(canvas, columns, rows, cells) {
   for (let y = 0; y < rows; y++)
     for (let x = 0; x < columns; x++) {
       const share = cells(x, y);
+      const shade = share ? LEAST + (1 - LEAST) * share : 0;
       const at = 4 * (y * columns + x);
       for (let i = 0; i < 3; i++)
         image.data[at + i] =
-          share === null ? none[i] : from[i] + share * (to[i] - from[i]);
+          share === null ? none[i] : from[i] + shade * (to[i] - from[i]);
       image.data[at + 3] = 255;
     }
   canvas.getContext("2d").putImageData(image, 0, 0);

@@ -14,6 +14,7 @@ export class Pane {
     this.map = this.root.querySelector(".map");
     this.units = []; // what was written: {first, count, span, shade}
     this.length = 0; // positions that have a unit
+    this.lastKind = null; // of the unit added last
     this.retention = null;
     this.chosen = null;
     this.votes = null; // of the chosen token, while the request lives
@@ -33,8 +34,12 @@ export class Pane {
     this.length += count;
     const atEnd =
       this.text.scrollTop + this.text.clientHeight > this.text.scrollHeight - 40;
+    // To the answer when it begins, unless somebody looks at the prompt.
+    const begins = this.lastKind !== kind && this.chosen === null;
+    this.lastKind = kind;
     this.text.append(span);
-    if (atEnd && kind === "answer") this.text.scrollTop = this.text.scrollHeight;
+    if (kind === "answer" && (atEnd || begins))
+      this.text.scrollTop = this.text.scrollHeight;
   }
 
   // -- what was read ------------------------------------------------------------
@@ -48,6 +53,8 @@ export class Pane {
     this.set("blocks", retention.blocks);
     this.set("written", retention.tokens);
     this.set("end", retention.tokens);
+    if (retention.layers.length)
+      this.set("layers", `${retention.layers[0]} to ${retention.layers.at(-1)}`);
     this.draw();
   }
 
@@ -71,7 +78,8 @@ export class Pane {
     unit.shade = shade;
     unit.span.style.setProperty("--share", shade / SHADES);
     unit.span.classList.add("read");
-    unit.span.classList.toggle("gone", share === 0);
+    // A space that is struck out looks like a hyphen.
+    unit.span.classList.toggle("gone", share === 0 && unit.span.textContent.trim() !== "");
   }
 
   /** Paint the map and the chosen token; also after a change of size or colours. */
@@ -130,8 +138,7 @@ export class Pane {
       `${text}, position ${chosen}: held by ${held} of ${retention.total} heads` +
       (this.votes?.size ? `, with up to ${this.#mostVotes()} votes.` : ".");
     const canvas = this.root.querySelector(".heads");
-    canvas.hidden = false;
-    canvas.setAttribute("aria-label", "Heads (down) of each layer (across) that hold it");
+    canvas.hidden = this.root.querySelector(".heads-of").hidden = false;
     drawHeads(canvas, retention, chosen);
     this.#list();
   }
@@ -147,7 +154,7 @@ export class Pane {
     const items = retention.layers.map((layer, row) => {
       const heads = retention.headsOf(row, chosen).map((head) => {
         const votes = this.votes?.get(`${layer} ${head}`);
-        return votes === undefined ? `${head}` : `${head} (${votes.toPrecision(3)} votes)`;
+        return votes === undefined ? `${head}` : `${head} (${votes.toPrecision(3)})`;
       });
       const item = document.createElement("li");
       item.textContent = `layer ${layer}: ${heads.length ? `heads ${heads.join(", ")}` : "none"}`;
