@@ -171,7 +171,7 @@ class KVPolicyConfig:
     seed: int = 0
     window: int = 16
     pool: int = 15
-    value_weight: float = 64.0
+    value_weight: float = 128.0
     vote_every: int | None = None
     decay: float | None = None
     allow_full: bool = False

@@ -68,8 +68,10 @@ def credit(
 def credit_weight(value_weight: float, window: int, budget: int, slots: int) -> float:
     """What a slot gets whose value is as far from the mean as the average one's.
 
-    ``window`` queries give about as many votes away, 1 in ``slots`` of them to a slot
-    on average; credit is ``value_weight`` times that, and the less the smaller the
-    share of slots that may stay, as what is asked now comes first.
+    The mean slot gets ``window / slots`` votes; times ``value_weight`` s (1 - s)^2 that
+    is the credit, where s is the share of slots that stay. Where few may stay, what is
+    asked now comes first. Where most may, votes that are small decide, and even little
+    credit is enough to keep what is unusual.
     """
-    return value_weight * window * budget / slots**2
+    kept = budget / slots
+    return value_weight * window * kept * (1 - kept) ** 2 / slots

@@ -62,6 +62,9 @@ def test_no_value_makes_credit_that_is_no_number(value: float) -> None:
     assert not credit(torch.arange(30).expand(HEADS, -1), alike, 1, 5.0).any()
 
 
-def test_a_smaller_share_to_keep_gives_less_credit() -> None:
-    assert credit_weight(64, 16, 100, 1000) == 64 * 16 * 100 / 1000**2
-    assert credit_weight(0, 16, 100, 1000) == 0
+def test_credit_is_most_where_a_third_of_the_slots_may_stay() -> None:
+    shares = (0.01, 0.1, 0.3, 0.5, 0.7, 1.0)
+    weights = [credit_weight(128, 16, int(1000 * s), 1000) for s in shares]
+    assert weights[1] == pytest.approx(128 * 16 / 1000 * 0.1 * 0.9**2)
+    assert weights[0] < weights[1] < weights[2] > weights[3] > weights[4]
+    assert weights[5] == credit_weight(0, 16, 300, 1000) == 0

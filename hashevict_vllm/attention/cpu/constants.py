@@ -14,7 +14,6 @@ from hashevict_vllm.kernels.cpu import launch
 from hashevict_vllm.kernels.cpu.openmp import find_openmp
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.policies import make_rule
-from hashevict_vllm.policies.value import credit_weight
 from hashevict_vllm.policies.vote import estimate_scale
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
@@ -43,7 +42,7 @@ def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.
 
     """
     factor = estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
-    credit = credit_weight(policy.value_weight, policy.window, budget=1, slots=1)
+    credit = policy.value_weight * policy.window
     return np.array([scale * factor, policy.decay, scale, credit], np.float32)
 
 

@@ -62,8 +62,8 @@ class Rule(NamedTuple):
         gain: Factor of the hashed part of a logit, float32.
         decay: Factor on earlier votes, float32.
         scale: Of the softmax, float32.
-        credit: Credit for unusual values per slot of a budget, float32
-            (`hashevict_vllm.policies.value.credit_weight` times n^2 / C).
+        credit: ``value_weight`` times ``window``, float32
+            (`hashevict_vllm.policies.value.credit_weight`).
 
     """
 

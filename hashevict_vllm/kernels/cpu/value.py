@@ -79,7 +79,8 @@ def add_credit(pages, rule, blocks, head, position, order, budget, merit):
         smooth[i] = summed / max(count, 1)
         total += smooth[i] if i >= first else np.float64(0)
     mean = total / max(n - first, 1)
-    weight = np.float64(rule.credit) * budget / (np.float64(n) * np.float64(n))
+    kept = np.float64(budget) / np.float64(n)
+    weight = np.float64(rule.credit) * kept * (1 - kept) * (1 - kept) / n
     for i in range(n):
         ratio = smooth[i] / mean if mean > 0 else np.float64(0)
         merit[i] += np.float32(weight * ratio * ratio)
