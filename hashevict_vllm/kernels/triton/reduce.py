@@ -78,7 +78,7 @@ def mark(
     merit = None
     if rule.votes:
         _vote(tokens, step, page, estimate, rule, sizes, bound)
-        merit = _merit(step, page, estimate.credit, rule, sizes, bound, longest)
+        merit = merit_of(step, page, estimate.credit, rule, sizes, bound, longest)
     tile = launch.scan_tile(bound)
     select_kernel[grid](step, page, merit, bound, **options, TILE=tile)
 
@@ -138,7 +138,7 @@ def _vote(
     segment.add_kernel[(tiles, num_pieces, heads)](step, page, asked, **tiled)
 
 
-def _merit(
+def merit_of(
     step: Step,
     page: Page,
     credit: float,

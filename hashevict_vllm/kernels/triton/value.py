@@ -184,6 +184,7 @@ def credit_of(unlike, owner, width, piece, end, slots, used, rule: tl.constexpr)
             row + first + lane, mask=(first + lane) * tile < end, other=0.0
         )
     mean = tl.sum(totals, 0) / (end - rule.sinks)
+    mean = tl.where(mean > 0, mean, float("inf"))  # else all values are alike
     number = end.to(tl.float32)
     weight = unlike.weight * tl.load(piece + BUDGET) / (number * number)
     beside = tl.load(unlike.beside + owner * width + slots, mask=used, other=0.0)
