@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from support.races import fork_of, watched  # noqa: E402
 from support.wrapped import Run, policy_of  # noqa: E402
 
 from hashevict_vllm.attention.gpu.fork import Fork  # noqa: E402
+from hashevict_vllm.kernels.triton import launch  # noqa: E402
 
 
 @triton.jit
@@ -64,14 +66,17 @@ def test_programs_of_a_launch_do_not_race(options: dict[str, Any]) -> None:
     sizes = {"budget": 30, "segment": 32, "sinks": 4, "recent": 4}
     policy = resolve({**sizes, **options}, 16)
     layer = TritonLayer(policy, prompts, totals, 2, 2, dim, 16, torch.float32)
-    with watched() as races:
+    # Several programs for a request.
+    small = {"POOL_TILE": 16, "VALUE_ELEMENTS": 16 * dim, "VALUE_SLICES": 2}
+    with mock.patch.multiple(launch, **small), watched() as races:
         layer.step([tuple(torch.randn(n, h, dim) for h in (4, 2, 2)) for n in prompts])
         for _ in range(4):
             step = [tuple(torch.randn(1, h, dim) for h in (4, 2, 2)) for _ in prompts]
             layer.step(step)
     assert races.found == []
     assert {"plan_kernel", "write_kernel", "move_kernel"} <= set(races.launches)
-    assert ("ballot_kernel" in races.launches) == policy.votes
+    for name in ("ballot", "values", "apart", "pool"):
+        assert (f"{name}_kernel" in races.launches) == policy.votes
 
 
 def test_a_ballot_races_with_neither_attention_nor_writes() -> None:

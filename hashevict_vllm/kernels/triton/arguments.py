@@ -210,6 +210,8 @@ class Estimate(NamedTuple):
         scale: Softmax scale.
         factor: See `hashevict_vllm.policies.vote.estimate_scale`.
         decay: Factor on earlier votes.
+        credit: ``value_weight`` times the window, see
+            `hashevict_vllm.policies.value.credit_weight`; 0 for no credit.
         bits: b, unknown to the compiler, which would unroll sums and spill.
         length: D, likewise.
 
@@ -219,16 +221,22 @@ class Estimate(NamedTuple):
     scale: float
     factor: float
     decay: float
+    credit: float
     bits: int
     length: int
 
     @classmethod
     def of(
-        cls, projection: torch.Tensor, scale: float, factor: float, decay: float
+        cls,
+        projection: torch.Tensor,
+        scale: float,
+        factor: float,
+        decay: float,
+        credit: float,
     ) -> Estimate:
         """The arguments for a projection, and for what was calculated from a policy."""
         length, bits = projection.shape
-        return cls(projection, scale, factor, decay, bits, length)
+        return cls(projection, scale, factor, decay, credit, bits, length)
 
 
 class Scratch(NamedTuple):
@@ -283,6 +291,26 @@ class Asked(NamedTuple):
     tops: Any
     sums: Any
     totals: Any
+
+
+class Unlike(NamedTuple):
+    """Memory of credit for values, see `hashevict_vllm.kernels.triton.value`.
+
+    Attributes:
+        sums: float32 [P, Hkv, slices, D], of values; None where none is given.
+        apart: float32 [P, Hkv, positions], squared distances from the mean, by
+            position; zero where no slot has it.
+        beside: float32 [P, Hkv, slots], the average of neighbours, by slot.
+        totals: float32 [P, Hkv, tiles], sums of a tile of these.
+        weight: See `Estimate.credit`.
+
+    """
+
+    sums: Any
+    apart: Any
+    beside: Any
+    totals: Any
+    weight: float
 
 
 class Head(NamedTuple):

@@ -123,13 +123,18 @@ def prompt_end(budget: int = 1024, segment: int = 4096) -> dict[str, Cost]:
     )
     moves = heads * -(-min(budget, segment) // made["move"].arguments["ROWS"])
     pooled = heads * -(-bound // made["pool"].arguments["TILE"])
+    values = made["values"].arguments
+    apart = -(-bound // values["TILE"])
+    rounds = -(-apart // values["SLICES"])
     grids: dict[str, tuple[int, list[int], int]] = {
         "frame": (heads, [], 0),
         "ask": (heads * window, [dims, dims], 2),
         "tops": (heads * tiles, [voters], voters),
         "totals": (heads * window * shape.group, [1, 1], 0),
         "add": (heads * tiles, [voters], voters),
-        "pool": (pooled, [], 0),
+        "values": (heads * min(values["SLICES"], apart), [rounds], 2 * (rounds - 1)),
+        "apart": (heads * apart, [], 0),
+        "pool": (pooled, [1], 0),
         "select": (heads, [8, steps, steps], 2 * 9 * steps),
         "pair": (heads, [within, beyond], 2 * (within + beyond)),
         "move": (moves, [], 0),

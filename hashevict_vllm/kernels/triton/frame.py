@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hashevict_vllm.kernels.codes import PARALLEL
 from hashevict_vllm.kernels.triton.pieces import COUNT, NUM_COLUMNS, START
-from hashevict_vllm.kernels.triton.slots import head_of, key_rows
+from hashevict_vllm.kernels.triton.slots import head_of, key_rows, load_elements
 
 FRAME_VECTORS = tl.constexpr(3)
 """Centre and two axes."""
@@ -31,10 +31,7 @@ def load_key(page, elements, used):
         used: bool, of that shape.
 
     """
-    x = tl.load(page.k + elements, mask=used, other=0.0).to(tl.float32)
-    if page.k_scale is not None:
-        x = x * tl.load(page.k_scale)
-    return x.to(tl.float64)
+    return load_elements(page.k, page.k_scale, elements, used).to(tl.float64)
 
 
 @triton.jit

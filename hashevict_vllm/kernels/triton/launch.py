@@ -55,7 +55,18 @@ SEGMENT_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 TOTALS_TILE = 64
 """Tiles of slots per step, when what was found in them is put together."""
 
-POOL_TILE = 1024
+POOL_TILE = 256
+"""Slots of a program where votes of neighbours are looked up."""
+
+VALUE_ELEMENTS = 8192
+"""Numbers of the values that a program reads at a time."""
+
+VALUE_SLICES = 32
+"""Sums of values that as many programs calculate, and every later program adds up."""
+
+VALUE_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+"""As `SCAN_OPTIONS`."""
+
 MOVE_ELEMENTS = 4096
 SIGN_STEP = 16
 PLAN_TILE = 1024
@@ -86,6 +97,11 @@ def scan_options(budget: int) -> dict[str, int]:
 def vote_tile(group: int, bound: int) -> int:
     """Slots per step where every slot is met by a group of queries."""
     return min(scan_tile(bound), max(VOTE_ELEMENTS // padded(group), 32))
+
+
+def value_tile(head_dim: int) -> int:
+    """Slots whose values a program reads at a time."""
+    return max(VALUE_ELEMENTS // padded(head_dim), 1)
 
 
 def move_rows(head_dim: int) -> int:

@@ -84,14 +84,14 @@ def replay_kernel(
 
 @triton.jit
 def _selection_order(
-    at, pooled, row, slots, used, stop, rule: tl.constexpr, sizes: tl.constexpr
+    at, merit, row, slots, used, stop, rule: tl.constexpr, sizes: tl.constexpr
 ):
     """An int64 [n] that orders losers, protected slots last; and positions [n]."""
     meta = meta_of(at, slots, used, sizes)
     position = tl.load(meta + rule.words * at.page.word, mask=used, other=-1)
     order = position.to(tl.int64)
     if rule.kind == VOTE:
-        votes = tl.load(pooled + row + slots, mask=used, other=0.0)
+        votes = tl.load(merit + row + slots, mask=used, other=0.0)
         order |= votes.to(tl.int32, bitcast=True).to(tl.int64) << 32
     elif rule.kind == NORM:
         square = tl.load(meta, mask=used, other=0)  # bits order as the float does
@@ -103,11 +103,11 @@ def _selection_order(
 
 
 @triton.jit
-def _keep_votes(meta, pooled, used, word, rule: tl.constexpr):
-    """A slot's own votes, but at least a share of its neighbourhood's."""
+def _keep_votes(meta, merit, used, word, rule: tl.constexpr):
+    """A slot's own votes, but at least a share of its merit."""
     kept = meta + (rule.words - 1) * word
     own = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-    least = tl.load(pooled, mask=used, other=0.0) * _NEIGHBOURS
+    least = tl.load(merit, mask=used, other=0.0) * _NEIGHBOURS
     votes = tl.maximum(own, least)
     tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
 
@@ -116,7 +116,7 @@ def _keep_votes(meta, pooled, used, word, rule: tl.constexpr):
 def select_kernel(
     step,
     page,
-    pooled,
+    merit,
     width,
     rule: tl.constexpr,
     sizes: tl.constexpr,
@@ -124,7 +124,7 @@ def select_kernel(
 ):
     """One program: the losers of one piece and KV head are marked, all at once.
 
-    With votes, when a segment is complete: all but C slots, the fewest pooled votes
+    With votes, when a segment is complete: all but C slots, of the least merit
     first. Else as many as tokens lie beyond the budget: the oldest, or the largest
     norms. (Token by token, every step would add one candidate and take out the worst,
     so that in the end the best of all candidates are left, as many as there were.) Of
@@ -135,8 +135,8 @@ def select_kernel(
     Args:
         step: `Step`.
         page: `Page`; positions are marked, votes kept as `_keep_votes` says.
-        pooled: float32 [P, Hkv, width], from `pool_kernel`; unread without votes.
-        width: Slots per row of ``pooled``.
+        merit: float32 [P, Hkv, width], from `pool_kernel`; unread without votes.
+        width: Slots per row of ``merit``.
         rule: `DeviceRule`.
         sizes: `Sizes`.
         TILE: Slots per step.
@@ -169,7 +169,7 @@ def select_kernel(
             slots = first + lane
             used = slots < end
             order, _, _ = _selection_order(
-                at, pooled, row, slots, used, stop, rule, sizes
+                at, merit, row, slots, used, stop, rule, sizes
             )
             digit = order >> shift
             here = used & ((digit >> _DIGIT) == threshold)
@@ -183,9 +183,9 @@ def select_kernel(
         slots = first + lane
         used = slots < end
         order, meta, position = _selection_order(
-            at, pooled, row, slots, used, stop, rule, sizes
+            at, merit, row, slots, used, stop, rule, sizes
         )
         if rule.kind == VOTE:
-            _keep_votes(meta, pooled + row + slots, used, page.word, rule)
+            _keep_votes(meta, merit + row + slots, used, page.word, rule)
         loses = used & (order < threshold)
         tl.store(meta + rule.words * page.word, ~position, mask=loses)

@@ -1,4 +1,6 @@
-"""Pools the votes of neighbours (`hashevict_vllm.policies.vote.Vote.survivors`).
+"""What slots are worth to a reduction (`hashevict_vllm.policies.vote.Vote.merit`).
+
+The votes of neighbours are pooled, and values get credit.
 
 Slots lie in no order of position. So votes are spread out by position first, and
 neighbours are looked up there: work is linear in slots.
@@ -11,6 +13,7 @@ import triton.language as tl
 
 from hashevict_vllm.kernels.triton.pieces import COMPACT, COUNT, NUM_COLUMNS, SLOT
 from hashevict_vllm.kernels.triton.slots import head_of, meta_of
+from hashevict_vllm.kernels.triton.value import average_beside, credit_of
 
 
 @triton.jit(do_not_specialize=["longest", "width"])
@@ -21,6 +24,7 @@ def pool_kernel(
     written,
     longest,
     width,
+    unlike,
     rule: tl.constexpr,
     sizes: tl.constexpr,
     STAGE: tl.constexpr,
@@ -38,6 +42,7 @@ def pool_kernel(
         written: Likewise; by the third float32 [P, Hkv, width], by slot.
         longest: Positions, at least of every slot.
         width: Slots.
+        unlike: `Unlike`; the second launch averages, the third adds what follows.
         rule: `DeviceRule`; the last of a slot's words are the votes.
         sizes: `Sizes`.
         STAGE: 0 spreads votes out, 1 averages over neighbours, 2 takes the largest.
@@ -74,7 +79,11 @@ def pool_kernel(
                 gathered = tl.maximum(gathered, votes)
     if STAGE == 1:
         gathered = gathered / (BEFORE + AHEAD + 1)
+        if unlike.sums is not None:
+            average_beside(unlike, owner, longest, width, position, slots, used, rule)
     if STAGE == 2:
+        if unlike.sums is not None:
+            gathered += credit_of(unlike, owner, width, piece, end, slots, used, rule)
         tl.store(written + owner * width + slots, gathered, mask=used)
     else:
         tl.store(written + owner * longest + position, gathered, mask=used)

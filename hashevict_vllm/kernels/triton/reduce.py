@@ -17,12 +17,14 @@ from hashevict_vllm.kernels.triton.arguments import (
     Sizes,
     Step,
     Tokens,
+    Unlike,
 )
 from hashevict_vllm.kernels.triton.compact import move_kernel, pair_kernel
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, frame_kernel
 from hashevict_vllm.kernels.triton.mark import replay_kernel, select_kernel
 from hashevict_vllm.kernels.triton.pool import pool_kernel
 from hashevict_vllm.kernels.triton.rule import DeviceRule
+from hashevict_vllm.kernels.triton.value import apart_kernel, values_kernel
 
 _REPLAYED = (codes.HAMMING_TO_KEY, codes.HAMMING_TO_QUERY, codes.RANDOM)
 """Rules whose choice depends on the token that asks."""
@@ -73,12 +75,12 @@ def mark(
         tile = launch.scan_tile(bound)
         replay_kernel[grid](signed, step, page, **options, TILE=tile)
         return
-    pooled = None
+    merit = None
     if rule.votes:
         _vote(tokens, step, page, estimate, rule, sizes, bound)
-        pooled = _pool(step, page, rule, sizes, bound, longest)
+        merit = merit_of(step, page, estimate.credit, rule, sizes, bound, longest)
     tile = launch.scan_tile(bound)
-    select_kernel[grid](step, page, pooled, bound, **options, TILE=tile)
+    select_kernel[grid](step, page, merit, bound, **options, TILE=tile)
 
 
 def _vote(
@@ -136,30 +138,53 @@ def _vote(
     segment.add_kernel[(tiles, num_pieces, heads)](step, page, asked, **tiled)
 
 
-def _pool(
-    step: Step, page: Page, rule: DeviceRule, sizes: Sizes, bound: int, longest: int
+def merit_of(
+    step: Step,
+    page: Page,
+    credit: float,
+    rule: DeviceRule,
+    sizes: Sizes,
+    bound: int,
+    longest: int,
 ) -> Tensor:
-    """Votes by slot as they decide who stays: float32 [P, Hkv, bound]."""
-    num_pieces, heads = step.pieces.shape[0], step.heads
+    """What slots are worth, as it decides who stays: float32 [P, Hkv, bound].
+
+    ``credit`` is `Estimate.credit`.
+    """
+    heads = (step.pieces.shape[0], step.heads)
     float32 = {"dtype": torch.float32, "device": page.tail.device}
-    pooled = torch.empty((num_pieces, heads, bound), **float32)
-    by_position = (num_pieces, heads, longest)
-    spread, smooth = (torch.zeros(by_position, **float32) for _ in range(2))
+    # By position; whole units of 16 bytes, so that all are aligned alike.
+    longest = triton.cdiv(longest, 4) * 4
+    shape = (3 if credit else 2, *heads, longest)
+    spread, smooth, *apart = torch.zeros(shape, **float32)
+    merit = torch.empty((*heads, bound), **float32)
+    tiles = triton.cdiv(bound, launch.POOL_TILE)
+    unlike = Unlike(None, None, None, None, credit)
+    if credit:
+        unlike = Unlike(
+            sums=torch.empty((*heads, launch.VALUE_SLICES, sizes.dim), **float32),
+            apart=apart[0],
+            beside=torch.empty_like(merit),
+            totals=torch.empty((*heads, tiles), **float32),
+            weight=credit,
+        )
+        _measure_values(step, page, unlike, rule, sizes, bound, longest)
     # Which neighbours count (policies/vote.py); without pooling a slot is its own.
-    stages = [(spread, spread, 0, 0, 0)]
-    if rule.pool > 1:
-        stages.append((spread, smooth, 1, SMOOTH, SMOOTH))
-        stages.append((smooth, pooled, 2, rule.pool - AHEAD - 1, AHEAD))
-    else:
-        stages.append((spread, pooled, 2, 0, 0))
-    for read, written, stage, before, ahead in stages:
-        pool_kernel[(num_pieces, heads, triton.cdiv(bound, launch.POOL_TILE))](
+    near = SMOOTH if rule.pool > 1 else 0
+    reach = (rule.pool - AHEAD - 1, AHEAD) if rule.pool > 1 else (0, 0)
+    for read, written, stage, before, ahead in (
+        (spread, spread, 0, 0, 0),
+        (spread, smooth, 1, near, near),
+        (smooth, merit, 2, *reach),
+    ):
+        pool_kernel[(*heads, tiles)](
             step,
             page,
             read,
             written,
             longest,
             bound,
+            unlike,
             rule=rule,
             sizes=sizes,
             STAGE=stage,
@@ -168,7 +193,32 @@ def _pool(
             TILE=launch.POOL_TILE,
             num_warps=4,
         )
-    return pooled
+    return merit
+
+
+def _measure_values(
+    step: Step,
+    page: Page,
+    unlike: Unlike,
+    rule: DeviceRule,
+    sizes: Sizes,
+    bound: int,
+    longest: int,
+) -> None:
+    """How far values are from their mean, by position."""
+    num_pieces, heads = step.pieces.shape[0], step.heads
+    tile = launch.value_tile(sizes.dim)
+    tiles = triton.cdiv(bound, tile)
+    options = {
+        "rule": rule,
+        "sizes": sizes,
+        "SLICES": launch.VALUE_SLICES,
+        "TILE": tile,
+        **launch.VALUE_OPTIONS,
+    }
+    slices = min(launch.VALUE_SLICES, tiles)
+    values_kernel[(slices, num_pieces, heads)](step, page, unlike, **options)
+    apart_kernel[(tiles, num_pieces, heads)](step, page, unlike, longest, **options)
 
 
 def compact(step: Step, page: Page, rule: DeviceRule, bound: int) -> None:

@@ -45,8 +45,10 @@ def floor_bytes(shape: Shape) -> dict[str, int]:
     # A ballot reads all words and writes votes.
     voted = heads * (shape.budget * (meta + _WORD) + rule.every * dim * slot_element)
     queries = rule.window * heads * shape.group
+    slices, tile = launch.VALUE_SLICES, launch.value_tile(dim)
     tops = 2 * _WORD * queries * -(-shape.bound // launch.SEGMENT_TILE)
     asked = _WORD * queries * (rule.bits + 2)
+    sums = _WORD * heads * min(slices, -(-shape.bound // tile)) * dim
     return {
         "plan": shape.tokens * _WORD * 16,
         "sign": hashed + projection,
@@ -63,7 +65,9 @@ def floor_bytes(shape: Shape) -> dict[str, int]:
         "tops": slots * (meta - _WORD) + asked + tops,
         "totals": tops + 2 * _WORD * queries,
         "add": slots * (meta + _WORD) + asked + 2 * _WORD * queries,
-        "pool": slots * _WORD * 3,  # one of three launches
+        "values": slots * dim * slot_element + sums,
+        "apart": slots * (dim * slot_element + 2 * _WORD) + sums,
+        "pool": slots * _WORD * 5,  # the second of three launches
         "select": slots * _WORD * 2 + heads * shape.segment * _WORD,
         "pair": slots * _WORD + moves * 2 * _WORD,
         "move": moves * 2 * (2 * dim * slot_element + meta),

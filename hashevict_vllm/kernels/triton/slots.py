@@ -44,6 +44,23 @@ def meta_of(at, slots, used, sizes: tl.constexpr):
 
 
 @triton.jit
+def load_elements(elements, scale, at, used):
+    """Elements of stored keys or values in float32, 0 where not used.
+
+    Args:
+        elements: Pointer to ``page.k`` or ``page.v``.
+        scale: float32 pointer to what an fp8 cache is multiplied by, or None.
+        at: int64, of any shape, see `key_rows`.
+        used: bool, of that shape.
+
+    """
+    x = tl.load(elements + at, mask=used, other=0.0).to(tl.float32)
+    if scale is not None:
+        x = x * tl.load(scale)
+    return x
+
+
+@triton.jit
 def key_rows(page, table, head, slots, used, sizes: tl.constexpr):
     """Where stored keys begin, of one or of several: int64, in elements.
 
