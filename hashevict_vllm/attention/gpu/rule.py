@@ -6,7 +6,6 @@ from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels import codes
 from hashevict_vllm.kernels.triton.rule import DeviceRule, make_salt
 from hashevict_vllm.policies import make_rule
-from hashevict_vllm.policies.value import credit_weight
 from hashevict_vllm.policies.vote import estimate_scale
 from hashevict_vllm.resolved import VOTE_HORIZON, ResolvedKVPolicy
 
@@ -43,7 +42,7 @@ def value_credit(policy: ResolvedKVPolicy) -> float:
     """What credit for values is multiplied with; see `Estimate.credit`."""
     if not policy.votes:
         return 0.0
-    return credit_weight(policy.value_weight, policy.window, budget=1, slots=1)
+    return policy.value_weight * policy.window
 
 
 def vote_factor(policy: ResolvedKVPolicy, head_dim: int) -> float:

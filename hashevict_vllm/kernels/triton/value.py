@@ -185,8 +185,8 @@ def credit_of(unlike, owner, width, piece, end, slots, used, rule: tl.constexpr)
         )
     mean = tl.sum(totals, 0) / (end - rule.sinks)
     mean = tl.where(mean > 0, mean, float("inf"))  # else all values are alike
-    number = end.to(tl.float32)
-    weight = unlike.weight * tl.load(piece + BUDGET) / (number * number)
+    kept = tl.load(piece + BUDGET).to(tl.float32) / end.to(tl.float32)
+    weight = unlike.weight * kept * (1.0 - kept) * (1.0 - kept) / end.to(tl.float32)
     beside = tl.load(unlike.beside + owner * width + slots, mask=used, other=0.0)
     ratio = beside / mean
     credit = weight * (ratio * ratio)
