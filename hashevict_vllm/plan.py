@@ -34,6 +34,14 @@ def most_reduced_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
     return min(policy.budget + segment, max(max_model_len, policy.budget))
 
 
+def longest_held(policy: ResolvedKVPolicy) -> int:
+    """Tokens of the longest prompt that is held whole: a segment, or more of them.
+
+    No reduction happens before the first end of a segment past the budget.
+    """
+    return -(-policy.budget // policy.segment) * policy.segment
+
+
 @dataclass(frozen=True)
 class Piece:
     """Consecutive tokens of one request that attend together.
@@ -108,11 +116,8 @@ def cut_chunk(
         slot = occupied_slots(policy, position, prompt_len)
         evict = compact = False
         if position < prompt_len and segment > 1:
-            boundary = (position // segment + 1) * segment
-            if boundary <= budget:
-                # No reduction happens before the first boundary past the budget, so
-                # these segments are one piece, exactly what stock vLLM would do.
-                boundary = -(-budget // segment) * segment
+            # Segments before the first reduction are one piece, as in stock vLLM.
+            boundary = max((position // segment + 1) * segment, longest_held(policy))
             boundary = min(boundary, prompt_len)
             stop = min(end, boundary)
             compact = stop == boundary and slot + stop - position > budget

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from hashevict_vllm.cache.bounds import BlockBounds, bounds_of
+from hashevict_vllm.plan import longest_held
 from hashevict_vllm.request_budget import asked_budget, policy_with
 from hashevict_vllm.resolved import ResolvedKVPolicy
+
+logger = init_logger("vllm.hashevict_vllm.cache.manager")
+
+LONGER_THAN_A_SEGMENT = (
+    "Prompts longer than %d tokens are cut back to the budget on the way, before their "
+    "end has been read and says what it asks for; "
+    "--kv-policy-config.segment prompt holds them whole, at the cost of blocks for the "
+    "whole prompt while it is read."
+)
+"""Logged at the first such prompt."""
 
 
 class BudgetedAttentionManager(SingleTypeKVCacheManager):
@@ -45,6 +57,9 @@ class BudgetedAttentionManager(SingleTypeKVCacheManager):
         if request_id not in self._bounds:
             policy = self.policy_of(request)
             self._bounds[request_id] = bounds_of(policy, self.block_size)
+            held = longest_held(policy)
+            if policy.votes and request.num_prompt_tokens > held:
+                logger.warning_once(LONGER_THAN_A_SEGMENT, held, scope="process")
 
     def policy_of(self, request: Request) -> ResolvedKVPolicy:
         """The policy, with the budget that the request asks for."""

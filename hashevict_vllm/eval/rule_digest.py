@@ -24,7 +24,7 @@ _RULES = {
     "random": "random",
 }
 _VOTE = (
-    *("policies/base.py", "policies/frame.py", "policies/vote.py"),
+    *("policies/base.py", "policies/frame.py", "policies/value.py", "policies/vote.py"),
     *(
         "kernels/*.py",
         "kernels/cpu/*.py",

@@ -61,8 +61,8 @@ def credit(
     apart = distances(position, v, sinks)
     counted = position >= sinks
     mean = torch.where(counted, apart, 0.0).sum(1) / counted.sum(1)
-    ratio = apart / mean[:, None]
-    return weight * torch.where(ratio.isfinite(), ratio, 0.0).square()
+    given = weight * (apart / mean[:, None]).square()
+    return torch.where(given.isfinite(), given, 0.0)
 
 
 def credit_weight(value_weight: float, window: int, budget: int, slots: int) -> float:

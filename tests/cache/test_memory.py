@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,23 @@ def test_blocks_reused_by_another_request_leak_nothing(llama: Path) -> None:
         for seed in range(4):  # every block of the pool has held other tokens
             greedy(llm, [random_prompt(400, seed)], 30)
         assert greedy(llm, [target], 100) == alone
+
+
+def test_the_log_says_once_that_prompts_are_longer_than_what_is_held(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("vllm.hashevict_vllm.cache.manager")
+    logger.addHandler(caplog.handler)
+    try:
+        with engine(llama, {"budget": 160, "segment": 64}) as llm:
+            caplog.clear()  # other loggers, while the engine starts
+            greedy(llm, [random_prompt(192)], 2)
+            assert not caplog.messages
+            greedy(llm, [random_prompt(193), random_prompt(300)], 2)
+    finally:
+        logger.removeHandler(caplog.handler)
+    (sentence,) = caplog.messages
+    assert "Prompts longer than 192 tokens are cut back" in sentence
 
 
 def test_the_log_says_what_the_budget_buys(

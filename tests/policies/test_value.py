@@ -62,6 +62,15 @@ def test_no_value_makes_credit_that_is_no_number(value: float) -> None:
     assert not credit(torch.arange(30).expand(HEADS, -1), alike, 1, 5.0).any()
 
 
+def test_a_sink_may_lie_as_far_out_as_it_likes() -> None:
+    torch.manual_seed(0)
+    position, v = torch.arange(30).expand(HEADS, -1), torch.randn(HEADS, 30, DIM)
+    usual = credit(position, v, 2, 5.0)
+    v[:, 0] = 1e18
+    assert torch.equal(credit(position, v, 2, 5.0)[:, 3:], usual[:, 3:])
+    assert bool((credit(position, v, 2, 5.0)[:, 0] == 0).all())
+
+
 def test_credit_is_most_where_a_third_of_the_slots_may_stay() -> None:
     shares = (0.01, 0.1, 0.3, 0.5, 0.7, 1.0)
     weights = [credit_weight(128, 16, int(1000 * s), 1000) for s in shares]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import BESIDE
+from hashevict_vllm.kernels.codes import BESIDE, LONGEST
 from hashevict_vllm.kernels.cpu.jit import inlined
 from hashevict_vllm.kernels.cpu.slots import load_value
 
@@ -20,7 +20,7 @@ def _square_apart(x, mean):
     for d in range(len(mean)):
         apart = np.float64(x[d]) - mean[d]
         square += apart * apart
-    return square if square <= np.float64(3.4028234663852886e38) else np.float64(0)
+    return square if square <= LONGEST else np.float64(0)
 
 
 @njit
@@ -83,4 +83,5 @@ def add_credit(pages, rule, blocks, head, position, order, budget, merit):
     weight = np.float64(rule.credit) * kept * (1 - kept) * (1 - kept) / n
     for i in range(n):
         ratio = smooth[i] / mean if mean > 0 else np.float64(0)
-        merit[i] += np.float32(weight * ratio * ratio)
+        given = weight * ratio * ratio
+        merit[i] += np.float32(given if given <= LONGEST else 0)
