@@ -138,7 +138,7 @@ def segment_launches(
     """What a lone segment launches that a full budget is reduced after, with votes.
 
     ``end`` begins with ``restore``, which makes the segment complete again, so that it
-    may be launched over and over.
+    may be launched over and over; K and V stay where the last reduction moved them.
 
     Returns:
         The launches by name; the pages that they work on.

@@ -297,7 +297,7 @@ class Unlike(NamedTuple):
     """Memory of credit for values, see `hashevict_vllm.kernels.triton.value`.
 
     Attributes:
-        sums: float32 [P, Hkv, slices, D], of values; None where none is given.
+        sums: float32 [P, Hkv, slices, D], of values; None for no credit.
         apart: float32 [P, Hkv, positions], squared distances from the mean, by
             position; zero where no slot has it.
         beside: float32 [P, Hkv, slots], the average of neighbours, by slot.

@@ -1,9 +1,8 @@
 """What slots are worth to a reduction (`hashevict_vllm.policies.vote.Vote.merit`).
 
-The votes of neighbours are pooled, and values get credit.
-
-Slots lie in no order of position. So votes are spread out by position first, and
-neighbours are looked up there: work is linear in slots.
+The votes of neighbours are pooled, and values get credit. Slots lie in no order of
+position. So votes are spread out by position first, and neighbours are looked up there:
+work is linear in slots.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def pool_kernel(
         written: Likewise; by the third float32 [P, Hkv, width], by slot.
         longest: Positions, at least of every slot.
         width: Slots.
-        unlike: `Unlike`; the second launch averages, the third adds what follows.
+        unlike: `Unlike`; the second launch averages distances, the third gives credit.
         rule: `DeviceRule`; the last of a slot's words are the votes.
         sizes: `Sizes`.
         STAGE: 0 spreads votes out, 1 averages over neighbours, 2 takes the largest.
