@@ -25,6 +25,10 @@ BESIDE = 1
 """How far the value of a slot is from the mean is averaged over this many positions to
 either side (`hashevict_vllm.policies.value`)."""
 
+BEFORE_THE_END = 8
+"""Times as much credit for unusual values where a full segment ends, as the prompt goes
+on and nobody knows yet what it will ask (`hashevict_vllm.policies.value`)."""
+
 UNDESCRIBED = -1
 """Instead of `Described.words`, which end in an exponent below 255: not yet described.
 

@@ -5,7 +5,8 @@ slots that carry something of their own are the best guess: a value far from the
 of its head changes what attention gives, wherever it is read. VATP (arXiv 2406.12335)
 multiplies attention by the norm of values. Here the mean is taken off, which all
 answers of a head hold, and credit is added to votes, as nobody votes for what nobody
-asks yet.
+asks yet. Where a full segment of a longer prompt ends, nobody has asked anything, and
+credit counts `BEFORE_THE_END` times as much.
 """
 
 from __future__ import annotations

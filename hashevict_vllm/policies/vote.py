@@ -16,7 +16,7 @@ import math
 import torch
 
 from hashevict_vllm.kernels import codes
-from hashevict_vllm.kernels.codes import AHEAD, NEIGHBOURS, SMOOTH
+from hashevict_vllm.kernels.codes import AHEAD, BEFORE_THE_END, NEIGHBOURS, SMOOTH
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
@@ -123,7 +123,7 @@ class Vote(EvictionRule):
         `NEIGHBOURS` times its merit.
         """
         position = slots.position
-        merit = self.merit(position, slots.votes, slots.v)
+        merit = self.merit(position, slots.votes, slots.v, end)
         slots.votes.copy_(torch.maximum(slots.votes, NEIGHBOURS * merit))
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
@@ -136,7 +136,7 @@ class Vote(EvictionRule):
         return kept.sort(dim=1).values
 
     def merit(
-        self, position: torch.Tensor, votes: torch.Tensor, v: torch.Tensor
+        self, position: torch.Tensor, votes: torch.Tensor, v: torch.Tensor, end: int
     ) -> torch.Tensor:
         """What slots are worth when a segment is reduced: float32 [Hkv, n].
 
@@ -144,6 +144,7 @@ class Vote(EvictionRule):
             position: int64 [Hkv, n].
             votes: float32 [Hkv, n].
             v: float32 [Hkv, n, D].
+            end: Position at which the segment ends.
 
         """
         policy, slots = self.policy, v.shape[1]
@@ -151,6 +152,8 @@ class Vote(EvictionRule):
         if policy.value_weight == 0:
             return pooled
         weight = credit_weight(policy.value_weight, policy.window, policy.budget, slots)
+        if end % policy.segment == 0:
+            weight *= BEFORE_THE_END
         return pooled + credit(position, v, policy.sinks, weight)
 
     def _pooled(self, position: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,9 @@ HEADS, BLOCK, LONGEST, SINKS = 2, 16, 203, 3
 PIECES = [(96, 24, 1), (41, 20, 1), (50, 24, 0), (33, 28, 1)]
 """Slots, the budget, and whether the piece ends a segment."""
 
+ENDS = (176, 130, 160, 201)
+"""Where pieces end: the first where a full segment of 16 does."""
+
 SMALL = {"POOL_TILE": 16, "VALUE_ELEMENTS": 256, "VALUE_SLICES": 2}
 NAN, INF = float("nan"), float("inf")
 
@@ -111,6 +114,7 @@ class Reduced:
             slots, budget, compact = PIECES[request]
             columns = {"request": request, "budget": budget, "compact": compact}
             columns |= {"slot": budget, "count": slots - budget}
+            columns["start"] = ENDS[request] - (slots - budget)
             rows.append([columns.get(name, 0) for name in NAMES])
         step = Step.of(torch.tensor(rows).int(), None, self.table, HEADS)
         page = Page.of(self.pages)
@@ -140,7 +144,7 @@ def compare(
     for request, (slots, budget, compact) in enumerate(PIECES):
         if compact:
             oracle = Vote(replace(policy, budget=budget))
-            expected = oracle.merit(*told[request])
+            expected = oracle.merit(*told[request], ENDS[request])
             torch.testing.assert_close(merit[request, :, :slots], expected)
     (alone,) = layer.merit(PIECES[1][0], [1])
     assert torch.equal(alone, merit[1, :, : PIECES[1][0]])

@@ -8,6 +8,7 @@ from support.oracle import resolve
 
 from hashevict_vllm.policies.reference import ReferenceLayer
 from hashevict_vllm.policies.value import credit, credit_weight, distances
+from hashevict_vllm.policies.vote import Vote
 
 HEADS, DIM, SCALE = 2, 32, 32**-0.5
 PROMPT, UNUSUAL = 150, (40, 41, 97)
@@ -60,6 +61,17 @@ def test_no_value_makes_credit_that_is_no_number(value: float) -> None:
     assert bool((got == 0).all())
     alike = torch.ones(HEADS, 30, DIM)
     assert not credit(torch.arange(30).expand(HEADS, -1), alike, 1, 5.0).any()
+
+
+def test_a_full_segments_end_keeps_more_of_it() -> None:
+    """A prompt that goes on has asked nothing yet."""
+    rule = Vote(resolve({"budget": 50, "segment": 75}))
+    torch.manual_seed(0)
+    position, v = torch.arange(100).expand(HEADS, -1), torch.randn(HEADS, 100, DIM)
+    none = torch.zeros(HEADS, 100)
+    at_the_end = rule.merit(position, none, v, 149)
+    torch.testing.assert_close(rule.merit(position, none, v, 150), 8 * at_the_end)
+    assert bool((at_the_end > 0).any())
 
 
 def test_a_sink_may_lie_as_far_out_as_it_likes() -> None:

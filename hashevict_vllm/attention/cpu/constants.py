@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def rule_array(policy: ResolvedKVPolicy) -> np.ndarray:
-    """What kernels know of a rule: int64 [5].
+    """What kernels know of a rule: int64 [6].
 
-    Sinks, kind of score, seed, pool, vote_every.
+    Sinks, kind of score, seed, pool, vote_every, segment.
     """
     code = make_rule(policy).kernel_code
     numbers = [policy.sinks, code, policy.seed, policy.pool]
-    return np.array([*numbers, policy.vote_every], np.int64)
+    return np.array([*numbers, policy.vote_every, policy.segment], np.int64)
 
 
 def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.ndarray:
@@ -54,7 +54,7 @@ class KernelConstants:
         projection: float32 [D * b], row-major.
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
-        rule: int64 [5], see `rule_array`.
+        rule: int64 [6], see `rule_array`.
         strengths: float32 [4], see `vote_strengths`.
         openmp: int64 [2], see `find_openmp`.
 

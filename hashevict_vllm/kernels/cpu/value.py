@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import BESIDE, LONGEST
+from hashevict_vllm.kernels.codes import BEFORE_THE_END, BESIDE, LONGEST
 from hashevict_vllm.kernels.cpu.jit import inlined
 from hashevict_vllm.kernels.cpu.slots import load_value
 
@@ -50,7 +50,7 @@ def _distances(pages, blocks, head, order, first, apart):
 
 
 @njit
-def add_credit(pages, rule, blocks, head, position, order, budget, merit):
+def add_credit(pages, rule, blocks, head, position, order, end, budget, merit):
     """Add every slot's credit to its ``merit``.
 
     Args:
@@ -60,6 +60,7 @@ def add_credit(pages, rule, blocks, head, position, order, budget, merit):
         head: KV head.
         position: int32 [n], in ascending order.
         order: int64 [n], the slots of these positions.
+        end: Position at which the segment ends.
         budget: C.
         merit: float32 [n], changed.
 
@@ -81,6 +82,8 @@ def add_credit(pages, rule, blocks, head, position, order, budget, merit):
     mean = total / max(n - first, 1)
     kept = np.float64(budget) / np.float64(n)
     weight = np.float64(rule.credit) * kept * (1 - kept) * (1 - kept) / n
+    if end % rule.segment == 0:
+        weight *= BEFORE_THE_END
     for i in range(n):
         ratio = smooth[i] / mean if mean > 0 else np.float64(0)
         given = weight * ratio * ratio

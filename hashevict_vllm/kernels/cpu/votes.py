@@ -208,7 +208,7 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, budget, recent):
     position, votes = position[order], votes[order]
     merit = _pool(position, votes, rule.pool)
     if rule.credit > 0:
-        add_credit(pages, rule, blocks, head, position, order, budget, merit)
+        add_credit(pages, rule, blocks, head, position, order, end, budget, merit)
     share = np.float32(NEIGHBOURS)
     for i in range(num_slots):
         at = word_of(pages, blocks, order[i], head)

@@ -130,7 +130,9 @@ class VoteRule(Rule):
         name = (self.label, self.policy.seed, voters, reduced and self.budget)
         if name not in prompt.memo:
             votes = self._votes(prompt, position, voters)
-            merit = self.rule.merit(position, votes, prompt.v) if reduced else votes
+            merit = votes
+            if reduced:
+                merit = self.rule.merit(position, votes, prompt.v, len(prompt))
             votes = torch.maximum(votes, NEIGHBOURS * merit)
             prompt.memo[name] = torch.stack([votes, merit])
         votes, merit = prompt.memo[name]
