@@ -65,12 +65,12 @@ def test_no_value_makes_credit_that_is_no_number(value: float) -> None:
 
 def test_a_full_segments_end_keeps_more_of_it() -> None:
     """A prompt that goes on has asked nothing yet."""
-    rule = Vote(resolve({"budget": 50, "segment": 75}))
+    rule = Vote(resolve({"budget": 64, "segment": 96}))
     torch.manual_seed(0)
     position, v = torch.arange(100).expand(HEADS, -1), torch.randn(HEADS, 100, DIM)
     none = torch.zeros(HEADS, 100)
-    at_the_end = rule.merit(position, none, v, 149)
-    torch.testing.assert_close(rule.merit(position, none, v, 150), 8 * at_the_end)
+    at_the_end = rule.merit(position, none, v, 191)
+    torch.testing.assert_close(rule.merit(position, none, v, 192), 8 * at_the_end)
     assert bool((at_the_end > 0).any())
 
 
