@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from hashevict_vllm.kernels.codes import PROMPT_ENDS, PROMPT_GOES_ON
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 MAX_ROUNDS = 32
@@ -35,11 +36,13 @@ def most_reduced_slots(policy: ResolvedKVPolicy, max_model_len: int) -> int:
 
 
 def longest_held(policy: ResolvedKVPolicy) -> int:
-    """Tokens of the longest prompt that is held whole: a segment, or more of them.
+    """Tokens of the longest prompt that nothing is evicted from before its end.
 
-    No reduction happens before the first end of a segment past the budget.
+    That is up to the first end of a segment past the budget.
     """
-    return -(-policy.budget // policy.segment) * policy.segment
+    if policy.segment == 1:
+        return policy.budget
+    return (policy.budget // policy.segment + 1) * policy.segment
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Piece:
         first_voter: The piece's first token whose queries vote; ``count`` if none does.
         ballots: In decode, distance of voting tokens; 0 while a segment is read, where
             all tokens from the first voter on vote.
-        compact: Reduce the live set to C afterwards (segment complete, or prompt over).
+        compact: Whether to reduce the live set to C afterwards, `PROMPT_ENDS` or
+            `PROMPT_GOES_ON` (a segment is complete); else 0.
 
     """
 
@@ -71,7 +75,7 @@ class Piece:
     budget: int
     recent: int
     evict: bool = False
-    compact: bool = False
+    compact: int = 0
     first_voter: int = 0
     ballots: int = 0
 
@@ -114,13 +118,17 @@ def cut_chunk(
     position = start
     while position < end:
         slot = occupied_slots(policy, position, prompt_len)
-        evict = compact = False
+        evict, compact = False, 0
         if position < prompt_len and segment > 1:
-            # Segments before the first reduction are one piece, as in stock vLLM.
-            boundary = max((position // segment + 1) * segment, longest_held(policy))
+            boundary = (position // segment + 1) * segment
+            if boundary <= budget:
+                # No reduction happens before the first boundary past the budget, so
+                # these segments are one piece, exactly what stock vLLM would do.
+                boundary = -(-budget // segment) * segment
             boundary = min(boundary, prompt_len)
             stop = min(end, boundary)
-            compact = stop == boundary and slot + stop - position > budget
+            if stop == boundary and slot + stop - position > budget:
+                compact = PROMPT_GOES_ON if stop < prompt_len else PROMPT_ENDS
         elif position < budget:
             stop = min(end, budget)
         else:

@@ -85,6 +85,11 @@ class ResolvedKVPolicy:
         return self.scoring == "vote"
 
     @property
+    def credit(self) -> float:
+        """``value_weight`` times ``window``, see `policies.value`; 0 without votes."""
+        return self.value_weight * self.window if self.votes else 0.0
+
+    @property
     def first_ballot(self) -> int:
         """Position from which on decoding tokens may vote."""
         return max(self.sinks, 1, self.budget - VOTE_HORIZON)

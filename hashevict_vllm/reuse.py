@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from hashevict_vllm.plan import longest_held
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
@@ -41,10 +42,9 @@ class Reuse:
     @cached_property
     def first_reduction(self) -> int | None:
         """Tokens after which the live set is first reduced; None if a prompt is not."""
-        budget, segment = self.policy.budget, self.policy.segment
-        if segment == 1 or self.prompt_len <= budget:
+        if self.policy.segment == 1 or self.prompt_len <= self.policy.budget:
             return None
-        return min((budget // segment + 1) * segment, self.prompt_len)
+        return min(longest_held(self.policy), self.prompt_len)
 
     @cached_property
     def raw_tokens(self) -> int:

@@ -34,6 +34,10 @@ BAD: dict[str, tuple[Any, ...]] = {
         *("", "x", True, False, 0, -1, 1.01, 2, math.nan, math.inf, [], {}, "0", "2"),
         *(b"1", object, -0.5, "nan", "1e9", (1,)),
     ),
+    "value_weight": (
+        *("", "x", True, False, -1, -0.5, 2**20 + 1, math.nan, math.inf, [], {}),
+        *(b"1", object, "nan", "1e9", (1,)),
+    ),
     "orthogonal": ("yes", "true", 0, 1, 1.0, [], {}, "False", object),
     "scoring": ("votes", "Vote", "", 1, True, [], {}, "norm", "recency", "cosine"),
     "preset": ("papers", "Paper", "", 1, True, [], {}, "default"),

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hashevict_vllm.kernels.codes import PROMPT_ENDS, PROMPT_GOES_ON
 from hashevict_vllm.plan import Piece
 from hashevict_vllm.resolved import VOTE_HORIZON, ResolvedKVPolicy
 
@@ -169,7 +170,7 @@ def _first_pieces(
     slot = np.minimum(position, budget)
     stop = np.minimum(end, np.maximum(position + 1, budget))
     reads = position < prompt_len if segment > 1 else np.zeros(len(position), bool)
-    compact, evict = np.zeros(len(position), bool), position >= budget
+    compact, evict = np.zeros(len(position), int), position >= budget
     first = _first_in_decode(policy, budget, position)
     if reads.any():
         complete = position // segment * segment
@@ -180,7 +181,9 @@ def _first_pieces(
         boundary = np.minimum(boundary, prompt_len)
         stop = np.where(reads, np.minimum(end, boundary), stop)
         overflows = slot + stop - position > budget
-        compact, evict = reads & (stop == boundary) & overflows, evict & ~reads
+        why = np.where(stop < prompt_len, PROMPT_GOES_ON, PROMPT_ENDS)
+        compact = np.where(reads & (stop == boundary) & overflows, why, 0)
+        evict = evict & ~reads
         reading = _first_in_prompt(policy, budget, position, stop, prompt_len)
         first = np.where(reads, reading, first)
     return Pieces(

@@ -23,7 +23,7 @@ LONGER_THAN_A_SEGMENT = (
     "--kv-policy-config.segment prompt holds them whole, at the cost of blocks for the "
     "whole prompt while it is read."
 )
-"""Logged at the first such prompt."""
+"""Logged once for every such number of tokens."""
 
 
 class BudgetedAttentionManager(SingleTypeKVCacheManager):

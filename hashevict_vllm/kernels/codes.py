@@ -14,7 +14,7 @@ AHEAD = 1
 a query finds the words that it knows, and the answer stands behind them."""
 
 NEIGHBOURS = 0.125
-"""Share of its neighbourhood's votes that a slot has at least after a selection.
+"""Share of its merit that a slot has in votes at least after a selection.
 
 What was kept for its neighbours would else be the first to go in decode; with all of
 them (1) decode would judge neighbourhoods, and keep words for what stood beside them.
@@ -25,9 +25,12 @@ BESIDE = 1
 """How far the value of a slot is from the mean is averaged over this many positions to
 either side (`hashevict_vllm.policies.value`)."""
 
+PROMPT_ENDS, PROMPT_GOES_ON = 1, 2
+"""Where a live set is reduced; 0 is that it is not."""
+
 BEFORE_THE_END = 8
-"""Times as much credit for unusual values where a full segment ends, as the prompt goes
-on and nobody knows yet what it will ask (`hashevict_vllm.policies.value`)."""
+"""Times as much credit for unusual values where the prompt goes on, as nobody knows yet
+what it will ask (`hashevict_vllm.policies.value`)."""
 
 UNDESCRIBED = -1
 """Instead of `Described.words`, which end in an exponent below 255: not yet described.

@@ -120,8 +120,12 @@ class EvictionRule(ABC):
         """
         raise TypeError(f"{type(self).__name__} takes no votes")
 
-    def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor | None:
+    def survivors(
+        self, slots: LiveSlots, end: int, goes_on: bool
+    ) -> torch.Tensor | None:
         """Reduce a segment that ends at position ``end`` by one selection.
+
+        ``goes_on`` says whether the prompt does.
 
         Returns:
             int64 [Hkv, C], indices into ``slots``, ascending; None for rules that

@@ -96,7 +96,8 @@ class ReferenceLayer:
         for i in range(len(q)):
             self._vote(q[i], start + i, arrived + i, scale, decode=False)
         if len(self.slots) > self.policy.budget:
-            survivors = self.rule.survivors(self.slots, self.t)
+            goes_on = self.t < self.prompt_len
+            survivors = self.rule.survivors(self.slots, self.t, goes_on)
             if survivors is not None:
                 self.slots = self.slots.only(survivors)
                 return output

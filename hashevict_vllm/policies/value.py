@@ -5,7 +5,7 @@ slots that carry something of their own are the best guess: a value far from the
 of its head changes what attention gives, wherever it is read. VATP (arXiv 2406.12335)
 multiplies attention by the norm of values. Here the mean is taken off, which all
 answers of a head hold, and credit is added to votes, as nobody votes for what nobody
-asks yet. Where a full segment of a longer prompt ends, nobody has asked anything, and
+asks yet. Where a segment ends and the prompt goes on, nobody has asked anything, and
 credit counts `BEFORE_THE_END` times as much.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from hashevict_vllm.kernels.codes import BESIDE
+from hashevict_vllm.kernels.codes import BESIDE, LONGEST
 
 
 def distances(position: torch.Tensor, v: torch.Tensor, sinks: int) -> torch.Tensor:
@@ -29,13 +29,13 @@ def distances(position: torch.Tensor, v: torch.Tensor, sinks: int) -> torch.Tens
         sinks: Positions below have no part in the mean.
 
     Returns:
-        float32 [Hkv, n].
+        float64 [Hkv, n].
 
     """
-    counted = (position >= sinks)[..., None]
+    v, counted = v.double(), (position >= sinks)[..., None]
     total = torch.where(counted, v, 0.0).sum(1, keepdim=True)
     square = (v - total / counted.sum(1, keepdim=True)).square().sum(-1)
-    square = torch.where(square.isfinite(), square, 0.0)
+    square = torch.where(square <= LONGEST, square, 0.0)
     near = (position[:, :, None] - position[:, None]).abs() <= BESIDE
     near = near & (square > 0)[:, None]
     summed = torch.where(near, square[:, None], 0.0).sum(-1)
@@ -47,7 +47,8 @@ def credit(
 ) -> torch.Tensor:
     """``weight`` times the square of a slot's `distances` over their mean.
 
-    0 where that is no number: where all values are alike, or some are not finite.
+    0 where that is no number: where all values are alike, or some are not finite. (On
+    GPUs, which sum in float32, values that are alike may get credit that is alike.)
 
     Args:
         position: int64 [Hkv, n].
@@ -63,7 +64,7 @@ def credit(
     counted = position >= sinks
     mean = torch.where(counted, apart, 0.0).sum(1) / counted.sum(1)
     given = weight * (apart / mean[:, None]).square()
-    return torch.where(given.isfinite(), given, 0.0)
+    return torch.where(given <= LONGEST, given, 0.0).float()
 
 
 def credit_weight(value_weight: float, window: int, budget: int, slots: int) -> float:

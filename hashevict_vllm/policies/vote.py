@@ -115,7 +115,7 @@ class Vote(EvictionRule):
         bits = slots.votes.contiguous().view(torch.int32).to(torch.int64)
         return 2**15 - 1 - (bits >> 16)
 
-    def survivors(self, slots: LiveSlots, end: int) -> torch.Tensor:
+    def survivors(self, slots: LiveSlots, end: int, goes_on: bool) -> torch.Tensor:
         """Protected slots, then those of the most merit.
 
         That is votes in the neighbourhood, and credit for an unusual value. In decode
@@ -123,7 +123,7 @@ class Vote(EvictionRule):
         `NEIGHBOURS` times its merit.
         """
         position = slots.position
-        merit = self.merit(position, slots.votes, slots.v, end)
+        merit = self.merit(position, slots.votes, slots.v, goes_on)
         slots.votes.copy_(torch.maximum(slots.votes, NEIGHBOURS * merit))
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
@@ -136,7 +136,11 @@ class Vote(EvictionRule):
         return kept.sort(dim=1).values
 
     def merit(
-        self, position: torch.Tensor, votes: torch.Tensor, v: torch.Tensor, end: int
+        self,
+        position: torch.Tensor,
+        votes: torch.Tensor,
+        v: torch.Tensor,
+        goes_on: bool,
     ) -> torch.Tensor:
         """What slots are worth when a segment is reduced: float32 [Hkv, n].
 
@@ -144,7 +148,7 @@ class Vote(EvictionRule):
             position: int64 [Hkv, n].
             votes: float32 [Hkv, n].
             v: float32 [Hkv, n, D].
-            end: Position at which the segment ends.
+            goes_on: Whether the prompt does.
 
         """
         policy, slots = self.policy, v.shape[1]
@@ -152,7 +156,7 @@ class Vote(EvictionRule):
         if policy.value_weight == 0:
             return pooled
         weight = credit_weight(policy.value_weight, policy.window, policy.budget, slots)
-        if end % policy.segment == 0:
+        if goes_on:
             weight *= BEFORE_THE_END
         return pooled + credit(position, v, policy.sinks, weight)
 

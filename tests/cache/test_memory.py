@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm.logger
 from support.engine import engine, greedy, runner_of, scheduler_of
 from support.models import random_prompt
 from support.oracle import resolve
@@ -207,7 +208,8 @@ def test_the_log_says_once_that_prompts_are_longer_than_what_is_held(
     def sentences() -> list[str]:
         return [text for text in caplog.messages if text.startswith("Prompts longer")]
 
-    with engine(llama, {"budget": 160, "segment": 64}) as llm:
+    vllm.logger._print_warning_once.cache_clear()
+    with engine(llama, {"budget": 128, "segment": 64}) as llm:
         logger = logging.getLogger("vllm.hashevict_vllm.cache.manager")
         logger.addHandler(caplog.handler)
         try:

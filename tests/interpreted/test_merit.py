@@ -18,7 +18,8 @@ from support.oracle import resolve  # noqa: E402
 from support.paged_triton import LAYOUTS, make_pages  # noqa: E402
 from support.races import watched  # noqa: E402
 
-from hashevict_vllm.attention.gpu.rule import device_rule, value_credit  # noqa: E402
+from hashevict_vllm.attention.gpu.rule import device_rule  # noqa: E402
+from hashevict_vllm.kernels.codes import PROMPT_ENDS, PROMPT_GOES_ON  # noqa: E402
 from hashevict_vllm.kernels.triton import launch, value  # noqa: E402
 from hashevict_vllm.kernels.triton.arguments import Page, Sizes, Step  # noqa: E402
 from hashevict_vllm.kernels.triton.pieces import NAMES  # noqa: E402
@@ -27,11 +28,13 @@ from hashevict_vllm.policies.vote import Vote  # noqa: E402
 from hashevict_vllm.resolved import ResolvedKVPolicy  # noqa: E402
 
 HEADS, BLOCK, LONGEST, SINKS = 2, 16, 203, 3
-PIECES = [(96, 24, 1), (41, 20, 1), (50, 24, 0), (33, 28, 1)]
-"""Slots, the budget, and whether the piece ends a segment."""
-
-ENDS = (176, 130, 160, 201)
-"""Where pieces end: the first where a full segment of 16 does."""
+PIECES = [
+    (96, 24, PROMPT_GOES_ON),
+    (41, 20, PROMPT_ENDS),
+    (50, 24, 0),
+    (33, 28, PROMPT_ENDS),
+]
+"""Slots, the budget, and why the live set is reduced afterwards, if it is."""
 
 SMALL = {"POOL_TILE": 16, "VALUE_ELEMENTS": 256, "VALUE_SLICES": 2}
 NAN, INF = float("nan"), float("inf")
@@ -114,11 +117,10 @@ class Reduced:
             slots, budget, compact = PIECES[request]
             columns = {"request": request, "budget": budget, "compact": compact}
             columns |= {"slot": budget, "count": slots - budget}
-            columns["start"] = ENDS[request] - (slots - budget)
             rows.append([columns.get(name, 0) for name in NAMES])
         step = Step.of(torch.tensor(rows).int(), None, self.table, HEADS)
         page = Page.of(self.pages)
-        credit = value_credit(self.policy)
+        credit = self.policy.credit
         sizes = Sizes.of(self.rule, page, 1)
         return merit_of(step, page, credit, self.rule, sizes, bound, LONGEST)
 
@@ -144,7 +146,7 @@ def compare(
     for request, (slots, budget, compact) in enumerate(PIECES):
         if compact:
             oracle = Vote(replace(policy, budget=budget))
-            expected = oracle.merit(*told[request], ENDS[request])
+            expected = oracle.merit(*told[request], compact == PROMPT_GOES_ON)
             torch.testing.assert_close(merit[request, :, :slots], expected)
     (alone,) = layer.merit(PIECES[1][0], [1])
     assert torch.equal(alone, merit[1, :, : PIECES[1][0]])

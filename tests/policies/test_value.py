@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.oracle import resolve
 
+from hashevict_vllm.kernels.codes import PROMPT_ENDS, PROMPT_GOES_ON
+from hashevict_vllm.plan import cut_chunk
 from hashevict_vllm.policies.reference import ReferenceLayer
 from hashevict_vllm.policies.value import credit, credit_weight, distances
 from hashevict_vllm.policies.vote import Vote
@@ -40,7 +42,7 @@ def test_an_average_slot_gets_its_weight_and_others_go_by_the_square() -> None:
     apart = distances(position, v, 0)
     assert apart.tolist() == [[1.0] * 8 + [4.0] * 2]
     torch.testing.assert_close(
-        credit(position, v, 0, 3.0), 3.0 * (apart / apart.mean()).square()
+        credit(position, v, 0, 3.0), 3.0 * (apart / apart.mean()).square().float()
     )
 
 
@@ -59,19 +61,27 @@ def test_no_value_makes_credit_that_is_no_number(value: float) -> None:
     v[:, 7] = value
     got = credit(torch.arange(30).expand(HEADS, -1), v, 1, 5.0)
     assert bool((got == 0).all())
-    alike = torch.ones(HEADS, 30, DIM)
+    alike = torch.full((HEADS, 30, DIM), 0.1)
     assert not credit(torch.arange(30).expand(HEADS, -1), alike, 1, 5.0).any()
 
 
-def test_a_full_segments_end_keeps_more_of_it() -> None:
-    """A prompt that goes on has asked nothing yet."""
+def test_a_prompt_that_goes_on_has_asked_nothing_yet() -> None:
     rule = Vote(resolve({"budget": 64, "segment": 96}))
     torch.manual_seed(0)
     position, v = torch.arange(100).expand(HEADS, -1), torch.randn(HEADS, 100, DIM)
     none = torch.zeros(HEADS, 100)
-    at_the_end = rule.merit(position, none, v, 191)
-    torch.testing.assert_close(rule.merit(position, none, v, 192), 8 * at_the_end)
-    assert bool((at_the_end > 0).any())
+    at_its_end = rule.merit(position, none, v, goes_on=False)
+    on_the_way = rule.merit(position, none, v, goes_on=True)
+    torch.testing.assert_close(on_the_way, 8 * at_its_end)
+    assert bool((at_its_end > 0).any())
+
+
+@pytest.mark.parametrize(("length", "goes_on"), [(95, 0), (96, 0), (97, 1), (193, 2)])
+def test_only_pieces_before_a_prompts_end_go_on(length: int, goes_on: int) -> None:
+    policy = resolve({"budget": 64, "segment": 96})
+    pieces = list(cut_chunk(policy, 0, 0, 0, length, length))
+    why = [piece.compact for piece in pieces if piece.compact]
+    assert why == [PROMPT_GOES_ON] * goes_on + [PROMPT_ENDS]
 
 
 def test_a_sink_may_lie_as_far_out_as_it_likes() -> None:

@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "complement",
         "kernels/cpu/votes.py",
-        "tail[at] = ~position[slot]",
-        "tail[at] = -position[slot]",
+        "tail[at] = ~position[i]",
+        "tail[at] = -position[i]",
         kernels("losers_of_a_ballot_are_marked"),
     ),
     Mutation(

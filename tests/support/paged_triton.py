@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from hashevict_vllm.attention.gpu.rule import device_rule, value_credit, vote_factor
+from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.kernels.pages import DevicePages, view_pages
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
@@ -108,7 +108,7 @@ class TritonLayer:
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
         factor = vote_factor(policy, head_dim)
-        credit = value_credit(policy)
+        credit = policy.credit
         self.estimate = Estimate.of(
             self.projection, SCALE, factor, policy.decay, credit
         )

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def rule_array(policy: ResolvedKVPolicy) -> np.ndarray:
-    """What kernels know of a rule: int64 [6].
+    """What kernels know of a rule: int64 [5].
 
-    Sinks, kind of score, seed, pool, vote_every, segment.
+    Sinks, kind of score, seed, pool, vote_every.
     """
     code = make_rule(policy).kernel_code
     numbers = [policy.sinks, code, policy.seed, policy.pool]
-    return np.array([*numbers, policy.vote_every, policy.segment], np.int64)
+    return np.array([*numbers, policy.vote_every], np.int64)
 
 
 def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.ndarray:
@@ -42,8 +42,8 @@ def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.
 
     """
     factor = estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
-    credit = policy.value_weight * policy.window
-    return np.array([scale * factor, policy.decay, scale, credit], np.float32)
+    strengths = [scale * factor, policy.decay, scale, policy.credit]
+    return np.array(strengths, np.float32)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class KernelConstants:
         projection: float32 [D * b], row-major.
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
-        rule: int64 [6], see `rule_array`.
+        rule: int64 [5], see `rule_array`.
         strengths: float32 [4], see `vote_strengths`.
         openmp: int64 [2], see `find_openmp`.
 

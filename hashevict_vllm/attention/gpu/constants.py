@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hashevict_vllm.attention.gpu.fork import Fork
-from hashevict_vllm.attention.gpu.rule import device_rule, value_credit, vote_factor
+from hashevict_vllm.attention.gpu.rule import device_rule, vote_factor
 from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.triton import ops
@@ -129,7 +129,7 @@ class DeviceConstants:
                 layer.impl.scale,
                 vote_factor(policy, spec.head_size),
                 policy.decay,
-                value_credit(policy),
+                policy.credit,
             ),
             bound=most_slots(policy, longest),
             reduced_bound=most_reduced_slots(policy, longest),

@@ -38,13 +38,6 @@ def device_rule(policy: ResolvedKVPolicy) -> DeviceRule:
     )
 
 
-def value_credit(policy: ResolvedKVPolicy) -> float:
-    """What credit for values is multiplied with; see `Estimate.credit`."""
-    if not policy.votes:
-        return 0.0
-    return policy.value_weight * policy.window
-
-
 def vote_factor(policy: ResolvedKVPolicy, head_dim: int) -> float:
     """What estimates of hashed rests are multiplied with; see `estimate_scale`."""
     if not policy.votes:

@@ -57,7 +57,6 @@ class Rule(NamedTuple):
         seed: Of random scores.
         pool: Positions over which votes are pooled.
         vote_every: In decode, one token of so many votes.
-        segment: S.
         projection: float32 [D * b], R row-major; empty where nothing is hashed.
         bits: b.
         gain: Factor of the hashed part of a logit, float32.
@@ -73,7 +72,6 @@ class Rule(NamedTuple):
     seed: int
     pool: int
     vote_every: int
-    segment: int
     projection: np.ndarray
     bits: int
     gain: float
@@ -170,7 +168,6 @@ def rule_of(rule, projection, bits, strengths):
         rule[2],
         rule[3],
         rule[4],
-        rule[5],
         unowned(projection),
         bits,
         strengths[0],

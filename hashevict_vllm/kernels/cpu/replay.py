@@ -11,7 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import HAMMING_TO_KEY, HAMMING_TO_QUERY, VOTE
+from hashevict_vllm.kernels.codes import (
+    HAMMING_TO_KEY,
+    HAMMING_TO_QUERY,
+    PROMPT_GOES_ON,
+    VOTE,
+)
 from hashevict_vllm.kernels.cpu.evict import new_chosen
 from hashevict_vllm.kernels.cpu.frame import (
     adjacent_keys,
@@ -37,7 +42,8 @@ class Piece(NamedTuple):
         slot: Where that lies.
         budget: C of its request.
         recent: The most recent tokens that its request never evicts.
-        compact: Whether the segment ends with it.
+        compact: Whether the live set is reduced afterwards (`PROMPT_ENDS`,
+            `PROMPT_GOES_ON`).
         first_voter: Number of the first token that votes, ``length`` if none does.
         vote_every: Distance of voting tokens; 0 in a segment, where all that follow
             the first vote.
@@ -93,7 +99,8 @@ def _vote(pages, rule, tokens, piece, blocks, head, lanes, scratch, frame):
     if piece.compact:
         stop = piece.start + piece.length
         budget, recent = piece.budget, piece.recent
-        mark_losers(pages, rule, blocks, end, head, stop, budget, recent)
+        goes_on = piece.compact == PROMPT_GOES_ON
+        mark_losers(pages, rule, blocks, end, head, stop, goes_on, budget, recent)
 
 
 @inlined

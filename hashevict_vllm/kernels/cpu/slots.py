@@ -99,6 +99,10 @@ def load_value(pages, blocks, slot, head, out):
     for d in range(len(out)):
         bits[d] = page[at[d]]
     load(bits, pages.kind, out)
+    if pages.kind == FLOAT16:  # `load` makes 65,536 and more of what is not finite
+        for d in range(len(out)):
+            finite = abs(out[d]) < np.float32(65536)
+            out[d] = out[d] if finite else np.float32(np.nan)
 
 
 @inlined

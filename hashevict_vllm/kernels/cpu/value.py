@@ -50,7 +50,7 @@ def _distances(pages, blocks, head, order, first, apart):
 
 
 @njit
-def add_credit(pages, rule, blocks, head, position, order, end, budget, merit):
+def add_credit(pages, rule, blocks, head, position, order, goes_on, budget, merit):
     """Add every slot's credit to its ``merit``.
 
     Args:
@@ -60,7 +60,7 @@ def add_credit(pages, rule, blocks, head, position, order, end, budget, merit):
         head: KV head.
         position: int32 [n], in ascending order.
         order: int64 [n], the slots of these positions.
-        end: Position at which the segment ends.
+        goes_on: Whether the prompt does.
         budget: C.
         merit: float32 [n], changed.
 
@@ -82,7 +82,7 @@ def add_credit(pages, rule, blocks, head, position, order, end, budget, merit):
     mean = total / max(n - first, 1)
     kept = np.float64(budget) / np.float64(n)
     weight = np.float64(rule.credit) * kept * (1 - kept) * (1 - kept) / n
-    if end % rule.segment == 0:
+    if goes_on:
         weight *= BEFORE_THE_END
     for i in range(n):
         ratio = smooth[i] / mean if mean > 0 else np.float64(0)

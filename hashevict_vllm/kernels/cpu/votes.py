@@ -188,13 +188,13 @@ def _pool(position, votes, pool):
 
 
 @njit
-def mark_losers(pages, rule, blocks, num_slots, head, end, budget, recent):
+def mark_losers(pages, rule, blocks, num_slots, head, end, goes_on, budget, recent):
     """Mark all but ``budget`` of the slots ``~position``: those of the least merit.
 
     That is votes pooled over ``rule.pool`` positions, and credit for unusual values
     (`hashevict_vllm.policies.vote`); a slot keeps its own votes, but at least
     `NEIGHBOURS` of its merit. Sinks and positions of at least ``end - recent`` are
-    protected; ties keep the newer slot.
+    protected; ties keep the newer slot. ``goes_on`` says whether the prompt does.
     """
     words, size, tail = pages.words, row_size(pages), pages.tail
     position = np.empty(num_slots, np.int32)
@@ -208,7 +208,7 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, budget, recent):
     position, votes = position[order], votes[order]
     merit = _pool(position, votes, rule.pool)
     if rule.credit > 0:
-        add_credit(pages, rule, blocks, head, position, order, end, budget, merit)
+        add_credit(pages, rule, blocks, head, position, order, goes_on, budget, merit)
     share = np.float32(NEIGHBOURS)
     for i in range(num_slots):
         at = word_of(pages, blocks, order[i], head)

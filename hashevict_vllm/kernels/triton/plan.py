@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.codes import PROMPT_ENDS, PROMPT_GOES_ON
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
     BUDGET,
@@ -24,6 +25,9 @@ from hashevict_vllm.kernels.triton.pieces import (
     SLOT,
     START,
 )
+
+_PROMPT_ENDS = tl.constexpr(PROMPT_ENDS)
+_PROMPT_GOES_ON = tl.constexpr(PROMPT_GOES_ON)
 
 
 @triton.jit
@@ -137,7 +141,8 @@ def plan_kernel(
     tl.store(piece + BUDGET, budget)
     tl.store(piece + RECENT, tl.load(recents + request))
     tl.store(piece + EVICT, (evict & (count > 0)).to(tl.int32))
-    tl.store(piece + COMPACT, compact.to(tl.int32))
+    why = tl.where(stop < prompt, _PROMPT_GOES_ON, _PROMPT_ENDS)
+    tl.store(piece + COMPACT, tl.where(compact, why, 0))
     tl.store(piece + FIRST_VOTER, tl.where(count == 0, 0, voter - start))
     tl.store(piece + BALLOTS, tl.where(reading | (count == 0), 0, rule.every))
     tl.store(piece + LIVE, after)

@@ -12,14 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hashevict_vllm.kernels.codes import BEFORE_THE_END, BESIDE
+from hashevict_vllm.kernels.codes import BEFORE_THE_END, BESIDE, PROMPT_GOES_ON
 from hashevict_vllm.kernels.triton.pieces import (
     BUDGET,
     COMPACT,
     COUNT,
     NUM_COLUMNS,
     SLOT,
-    START,
 )
 from hashevict_vllm.kernels.triton.slots import (
     head_of,
@@ -30,6 +29,7 @@ from hashevict_vllm.kernels.triton.slots import (
 
 _BEFORE_THE_END = tl.constexpr(BEFORE_THE_END)
 _BESIDE = tl.constexpr(BESIDE)
+_PROMPT_GOES_ON = tl.constexpr(PROMPT_GOES_ON)
 _AT_ONCE = tl.constexpr(128)
 
 
@@ -189,8 +189,8 @@ def credit_of(unlike, owner, width, piece, end, slots, used, rule: tl.constexpr)
     mean = tl.where(mean > 0, mean, float("inf"))  # else all values are alike
     kept = tl.load(piece + BUDGET).to(tl.float32) / end.to(tl.float32)
     weight = unlike.weight * kept * (1.0 - kept) * (1.0 - kept) / end.to(tl.float32)
-    stop = tl.load(piece + START) + tl.load(piece + COUNT)
-    weight = tl.where(stop % rule.segment == 0, weight * _BEFORE_THE_END, weight)
+    goes_on = tl.load(piece + COMPACT) == _PROMPT_GOES_ON
+    weight = tl.where(goes_on, weight * _BEFORE_THE_END, weight)
     beside = tl.load(unlike.beside + owner * width + slots, mask=used, other=0.0)
     ratio = beside / mean
     credit = weight * (ratio * ratio)

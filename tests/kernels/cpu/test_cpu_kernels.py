@@ -275,4 +275,4 @@ def test_losers_of_a_ballot_are_marked_with_the_complement_as_well() -> None:
 def _mark_losers(where, numbers, block_table, num_slots, budget, recent):  # type: ignore[no-untyped-def]
     pages, rule = pages_of(*where), rule_of(*numbers)
     blocks = unowned(block_table)[0]
-    mark_losers(pages, rule, blocks, num_slots, 0, num_slots, budget, recent)
+    mark_losers(pages, rule, blocks, num_slots, 0, num_slots, False, budget, recent)

@@ -132,7 +132,7 @@ class VoteRule(Rule):
             votes = self._votes(prompt, position, voters)
             merit = votes
             if reduced:
-                merit = self.rule.merit(position, votes, prompt.v, len(prompt))
+                merit = self.rule.merit(position, votes, prompt.v, goes_on=False)
             votes = torch.maximum(votes, NEIGHBOURS * merit)
             prompt.memo[name] = torch.stack([votes, merit])
         votes, merit = prompt.memo[name]
