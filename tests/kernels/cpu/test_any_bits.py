@@ -170,6 +170,25 @@ def test_votes_stay_numbers_and_oracle_and_kernels_agree_on_them(
     torch.testing.assert_close(votes, oracle.slots.votes)
 
 
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_that_are_no_number_give_no_credit(
+    dtype: torch.dtype, value: float
+) -> None:
+    policy = resolve({"scoring": "vote", "budget": 80, "segment": 64})
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(150, n, DIM).to(dtype) for n in (4, 2, 2))
+    v[60, 0, 5] = value
+    paged = PagedLayer(policy, [150], [150], 2, DIM, 32, dtype)
+    paged.step([(q, k, v)])
+    oracle = ReferenceLayer(policy, 150, 2, DIM)
+    oracle.forward(q, k, v, DIM**-0.5)
+    position, words, _, _ = paged.live(0)
+    votes = words[..., -1:].contiguous().view(torch.float32)[..., 0]
+    assert torch.equal(position.long(), oracle.slots.position)
+    torch.testing.assert_close(votes, oracle.slots.votes)
+
+
 @njit
 def _fails_at_3(done, first, last):
     for item in range(first, last):
