@@ -78,11 +78,11 @@ def elements_of(pages, blocks, slot, head):
 
 
 @inlined
-def load_key(pages, blocks, slot, head, out):
-    """Read the key of a slot as float32 into ``out`` [D]."""
+def _load_elements(pages, blocks, slot, head, slot_map, out):
+    """Read a slot's K or V into float32 ``out`` [D]; ``slot_map`` int32 [N, D]."""
     start = elements_of(pages, blocks, slot, head)
     page = pages.elements[start : start + pages.block_size * pages.dim * 2]
-    at = pages.k_map[slot % pages.block_size]
+    at = slot_map[slot % pages.block_size]
     bits = out.view(np.uint32)
     for d in range(len(out)):
         bits[d] = page[at[d]]
@@ -90,15 +90,15 @@ def load_key(pages, blocks, slot, head, out):
 
 
 @inlined
+def load_key(pages, blocks, slot, head, out):
+    """Read the key of a slot as float32 into ``out`` [D]."""
+    _load_elements(pages, blocks, slot, head, pages.k_map, out)
+
+
+@inlined
 def load_value(pages, blocks, slot, head, out):
     """Read the value of a slot as float32 into ``out`` [D]."""
-    start = elements_of(pages, blocks, slot, head)
-    page = pages.elements[start : start + pages.block_size * pages.dim * 2]
-    at = pages.v_map[slot % pages.block_size]
-    bits = out.view(np.uint32)
-    for d in range(len(out)):
-        bits[d] = page[at[d]]
-    load(bits, pages.kind, out)
+    _load_elements(pages, blocks, slot, head, pages.v_map, out)
     if pages.kind == FLOAT16:  # `load` makes 65,536 and more of what is not finite
         for d in range(len(out)):
             finite = abs(out[d]) < np.float32(65536)
