@@ -122,20 +122,18 @@ class VoteRule(Rule):
     def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Votes of the last queries, and merit, as in `Vote.survivors`.
 
-        Credit for values depends on the budget, and so does what is protected.
+        Budgets share the votes; credit for values depends on the budget, and so does
+        what is protected.
         """
         position = torch.arange(len(prompt)).expand(len(prompt.k), -1)
         voters = self.policy.voters(0, len(prompt), len(prompt))
-        reduced = len(prompt) > self.budget
-        name = (self.label, self.policy.seed, voters, reduced and self.budget)
+        name = (self.label, self.policy.seed, voters)
         if name not in prompt.memo:
-            votes = self._votes(prompt, position, voters)
-            merit = votes
-            if reduced:
-                merit = self.rule.merit(position, votes, prompt.v, goes_on=False)
+            prompt.memo[name] = self._votes(prompt, position, voters)
+        votes = merit = prompt.memo[name]
+        if len(prompt) > self.budget:
+            merit = self.rule.merit(position, votes, prompt.v, goes_on=False)
             votes = torch.maximum(votes, NEIGHBOURS * merit)
-            prompt.memo[name] = torch.stack([votes, merit])
-        votes, merit = prompt.memo[name]
         score = merit.clone()
         score[:, : self.policy.sinks] = float("inf")
         score[:, max(0, len(prompt) - self.recent) :] = float("inf")
