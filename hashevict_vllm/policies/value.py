@@ -67,13 +67,14 @@ def credit(
     return torch.where(given <= LONGEST, given, 0.0).float()
 
 
-def credit_weight(value_weight: float, window: int, budget: int, slots: int) -> float:
+def credit_weight(credit: float, budget: int, slots: int) -> float:
     """What a slot gets whose value is as far from the mean as the average one's.
 
     The mean slot gets ``window / slots`` votes; times ``value_weight`` s (1 - s)^2 that
-    is the credit, where s is the share of slots that stay. Where few may stay, what is
-    asked now comes first. Where most may, votes that are small decide, and even little
-    credit is enough to keep what is unusual.
+    is the weight, where s is the share of slots that stay. ``credit`` is both numbers'
+    product (`ResolvedKVPolicy.credit`). Where few may stay, what is asked now comes
+    first. Where most may, votes that are small decide, and even little credit is enough
+    to keep what is unusual.
     """
     kept = budget / slots
-    return value_weight * window * kept * (1 - kept) ** 2 / slots
+    return credit * kept * (1 - kept) ** 2 / slots

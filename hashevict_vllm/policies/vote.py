@@ -153,9 +153,9 @@ class Vote(EvictionRule):
         """
         policy, slots = self.policy, v.shape[1]
         pooled = self._pooled(position, votes)
-        if policy.value_weight == 0:
+        if policy.credit == 0:
             return pooled
-        weight = credit_weight(policy.value_weight, policy.window, policy.budget, slots)
+        weight = credit_weight(policy.credit, policy.budget, slots)
         if goes_on:
             weight *= BEFORE_THE_END
         return pooled + credit(position, v, policy.sinks, weight)

@@ -95,7 +95,7 @@ def test_a_sink_may_lie_as_far_out_as_it_likes() -> None:
 
 def test_credit_is_most_where_a_third_of_the_slots_may_stay() -> None:
     shares = (0.01, 0.1, 0.3, 0.5, 0.7, 1.0)
-    weights = [credit_weight(128, 16, int(1000 * s), 1000) for s in shares]
+    weights = [credit_weight(128 * 16, int(1000 * s), 1000) for s in shares]
     assert weights[1] == pytest.approx(128 * 16 / 1000 * 0.1 * 0.9**2)
     assert weights[0] < weights[1] < weights[2] > weights[3] > weights[4]
-    assert weights[5] == credit_weight(0, 16, 300, 1000) == 0
+    assert weights[5] == credit_weight(0, 300, 1000) == 0

@@ -108,9 +108,8 @@ class TritonLayer:
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
         factor = vote_factor(policy, head_dim)
-        credit = policy.credit
         self.estimate = Estimate.of(
-            self.projection, SCALE, factor, policy.decay, credit
+            self.projection, SCALE, factor, policy.decay, policy.credit
         )
         self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if cache_dtype is not None:
