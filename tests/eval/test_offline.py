@@ -18,7 +18,9 @@ from hashevict_vllm.eval.offline.model import OfflineModel, PromptLayer
 from hashevict_vllm.eval.offline.rules import RULES, Full, Rule
 from hashevict_vllm.eval.offline.rules.base import PromptOnly, lowest, top
 from hashevict_vllm.eval.offline.rules.h2o import H2O
+from hashevict_vllm.eval.offline.rules.last_queries import LastQueries
 from hashevict_vllm.eval.offline.rules.press import Press
+from hashevict_vllm.eval.offline.rules.rkv import redundancy
 from hashevict_vllm.eval.offline.rules.vote import ExactVoteRule, VoteRule
 from hashevict_vllm.eval.offline.slots import Slots, Step
 from hashevict_vllm.eval.records import Store
@@ -210,11 +212,55 @@ def test_h2o_keeps_the_recent_and_the_most_attended(prompt: PromptLayer) -> None
         assert index[head, : BUDGET // 2].tolist() == hitters.tolist()
 
 
+def test_the_last_queries_are_asked_at_every_token(prompt: PromptLayer) -> None:
+    """Against attention kept in a list, by position; two appended, then evictions."""
+    rule = LastQueries(PROMPT + 2)
+    slots = rule.keep(prompt)
+    rows = [
+        [dict(enumerate(row)) for row in head.amax(0).tolist()]
+        for head in prompt.attention(8)
+    ]
+    generator = torch.Generator().manual_seed(3)
+    for t in range(PROMPT, PROMPT + 12):
+        q = torch.randn(1, 2, 2, 32, generator=generator)
+        k, v = torch.randn(2, 1, 2, 32, generator=generator)
+        rule.step(slots, Step(q, k, v, t, PROMPT, prompt.scale))
+        logits = q @ slots.k.transpose(-1, -2) * prompt.scale
+        newest = logits.softmax(-1)[0].amax(1).tolist()
+        for head in range(2):
+            live = slots.position[0, head].tolist()
+            rows[head].append(dict(zip(live, newest[head], strict=True)))
+            order = sorted(live)
+            mean = [
+                sum(row.get(at, 0.0) for row in rows[head][-8:]) / 8 for at in order
+            ]
+            found = dict(zip(live, slots.stat[0, head].tolist(), strict=True))
+            for i, at in enumerate(order):
+                expected = max(mean[max(0, i - 3) : i + 4])
+                assert found[at] == pytest.approx(expected, rel=1e-4)
+
+
+def test_redundancy_spares_the_newest_of_keys_alike() -> None:
+    k = torch.randn(40, 16, generator=torch.Generator().manual_seed(4))
+    k[10] = k[3] * 2  # the same direction twice, and a third near it
+    k[30] = k[3] + 0.1
+    cosine = torch.nn.functional.cosine_similarity
+    total = torch.zeros(40)
+    for i in range(40):
+        alike = {j: cosine(k[i], k[j], dim=0) for j in range(40) if j != i}
+        newest = max((j for j, value in alike.items() if value > 0.5), default=None)
+        for j, value in alike.items():
+            total[j] += 0.0 if j == newest else value
+    found = redundancy(k)
+    torch.testing.assert_close(found, (total / 40).softmax(-1))
+    assert found[[3, 10]].min() > found.mean()
+
+
 def test_prompt_only_rules_give_up_the_prompt_before_new_tokens() -> None:
     position = torch.tensor([0, 1, 2, 3, 7, 8, 20, 21])[None, None]
     stat = torch.tensor([0.0, 0, 0, 0, 2, 1, torch.inf, torch.inf])[None, None]
     empty = torch.empty(1, 1, 8, 0)
-    slots = Slots(empty, empty, position, stat)
+    slots = Slots(empty, empty, position, stat, torch.empty(1, 1, 0, 8))
     sinks = PromptOnly.sinks
     assert lowest(slots, sinks, 0, 22).item() == 5
     stat[..., 4:6] = torch.inf

@@ -16,6 +16,8 @@ class Slots:
         v: float32 [R, Hkv, n, D].
         position: int64 [R, Hkv, n], distinct in each row.
         stat: float32 [R, Hkv, n], what the rule keeps of every slot.
+        seen: float32 [R, Hkv, w, n], attention by the last w queries, the newest last;
+            w is 0 for rules that do not look at it.
 
     """
 
@@ -23,13 +25,19 @@ class Slots:
     v: torch.Tensor
     position: torch.Tensor
     stat: torch.Tensor
+    seen: torch.Tensor
 
     def __len__(self) -> int:
         return self.position.shape[-1]
 
     @classmethod
     def chosen(
-        cls, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor, stat: torch.Tensor
+        cls,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        index: torch.Tensor,
+        stat: torch.Tensor,
+        seen: torch.Tensor | None = None,
     ) -> Slots:
         """The slots, R = 1, of some tokens of a prompt.
 
@@ -38,11 +46,15 @@ class Slots:
             v: float32 [Hkv, T, D].
             index: int64 [Hkv, n], the tokens.
             stat: float32 [Hkv, T].
+            seen: float32 [Hkv, w, T], None for w = 0.
 
         """
         at = index[..., None].expand(-1, -1, k.shape[-1])
+        if seen is None:
+            seen = stat.new_empty(len(k), 0, k.shape[1])
+        rows = index[:, None].expand(-1, seen.shape[1], -1)
         fields = (k.gather(1, at), v.gather(1, at), index, stat.gather(1, index))
-        return cls(*(field[None] for field in fields))
+        return cls(*(field[None] for field in fields), seen.gather(2, rows)[None])
 
     @classmethod
     def joined(cls, every: list[Slots]) -> Slots:
@@ -61,6 +73,7 @@ class Slots:
         self.v = torch.cat([self.v, token.v[:, :, None]], 2)
         self.position = torch.cat([self.position, position], 2)
         self.stat = torch.nn.functional.pad(self.stat, (0, 1), value=stat)
+        self.seen = torch.nn.functional.pad(self.seen, (0, 1))
 
     def overwrite(self, slot: torch.Tensor, token: Step, stat: float) -> None:
         """Put a token into the slots ``slot`` [R, Hkv]."""
@@ -70,6 +83,8 @@ class Slots:
         self.v.scatter_(2, wide, token.v[:, :, None])
         self.position.scatter_(2, at, token.t)
         self.stat.scatter_(2, at, stat)
+        rows = at[:, :, None].expand(-1, -1, self.seen.shape[2], -1)
+        self.seen.scatter_(3, rows, 0.0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hashevict_vllm.eval.offline.rules import press, vote
 from hashevict_vllm.eval.offline.rules.base import Full, PromptOnly, Rule
 from hashevict_vllm.eval.offline.rules.h2o import H2O
+from hashevict_vllm.eval.offline.rules.last_queries import LastQueries
+from hashevict_vllm.eval.offline.rules.rkv import RKV
 from hashevict_vllm.eval.offline.rules.scissorhands import Scissorhands
 
 RULES: dict[str, type[Rule]] = {
@@ -14,6 +16,8 @@ RULES: dict[str, type[Rule]] = {
     "vote-whole": vote.WholeVoteRule,
     "vote-hamming": vote.HammingVoteRule,
     "h2o": H2O,
+    "snapkv-every-token": LastQueries,
+    "r-kv": RKV,
     "scissorhands": Scissorhands,
     "observed-attention": press.ObservedAttention,
     "snapkv": press.SnapKV,

@@ -171,7 +171,8 @@ class VoteRule(Rule):
 
 def live_slots(slots: Slots) -> LiveSlots:
     """The same slots as the policy knows them: R × Hkv heads, no signatures."""
-    k, v, position, stat = (field.flatten(0, 1) for field in vars(slots).values())
+    fields = (slots.k, slots.v, slots.position, slots.stat)
+    k, v, position, stat = (field.flatten(0, 1) for field in fields)
     return LiveSlots(k, v, k.new_empty(*k.shape[:2], 0).bool(), position, stat)
 
 
