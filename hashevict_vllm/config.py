@@ -54,7 +54,7 @@ HASH_OPTIONS = (
 """Options of policies that keep signatures."""
 
 SCORING_OPTIONS = {
-    "vote": ("window", "pool", "value_weight", "vote_every", "decay"),
+    "vote": ("window", "pool", "value_weight", "value_votes", "vote_every", "decay"),
     "instant": ("hash_source",),
 }
 """Options that one rule of hashevict alone reads."""
@@ -147,6 +147,9 @@ class KVPolicyConfig:
             those that follow it (and one before), when a segment is reduced.
         value_weight: With ``vote``: when a segment is reduced, how much a value unlike
             the others counts beside votes; 0 counts votes alone.
+        value_votes: With ``vote``: in decode, votes that every ballot spreads over the
+            slots by the squared norm of their values, beside those of the query, which
+            are at least 1 in sum; 0 for none.
         vote_every: With ``vote``: in decode, one token of so many votes; by default
             one of ``budget / 128``, at most 8.
         decay: With ``vote``: factor on earlier votes at every vote in decode; by
@@ -172,6 +175,7 @@ class KVPolicyConfig:
     window: int = 16
     pool: int = 15
     value_weight: float = 128.0
+    value_votes: float = 3.0
     vote_every: int | None = None
     decay: float | None = None
     allow_full: bool = False
@@ -291,6 +295,7 @@ class KVPolicyConfig:
             window=as_int(flag("window"), self.window, 1, MAX_VOTES),
             pool=as_int(flag("pool"), self.pool, 1, MAX_VOTES),
             value_weight=as_number(flag("value_weight"), self.value_weight, MAX_WEIGHT),
+            value_votes=as_number(flag("value_votes"), self.value_votes, MAX_WEIGHT),
             vote_every=None
             if self.vote_every is None
             else as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
@@ -365,6 +370,7 @@ class KVPolicyConfig:
             window=self.window,
             pool=self.pool,
             value_weight=self.value_weight,
+            value_votes=self.value_votes,
             vote_every=vote_every,
             decay=decay,
             recent_percent=percent_of(self.recent),

@@ -47,6 +47,7 @@ class ResolvedKVPolicy:
         window: Voting queries of a segment.
         pool: Positions over which votes are max-pooled.
         value_weight: Of credit for unusual values; see `policies.value`.
+        value_votes: In decode, votes of a ballot for large values; likewise.
         vote_every: In decode, one token of so many votes.
         decay: Factor on earlier votes at every vote in decode.
         recent_percent: ``recent`` as a share of the budget; None for tokens.
@@ -67,6 +68,7 @@ class ResolvedKVPolicy:
     window: int
     pool: int
     value_weight: float
+    value_votes: float
     vote_every: int
     decay: float
     recent_percent: float | None = None

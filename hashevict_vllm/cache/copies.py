@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from hashevict_vllm.kernels.codes import OCTAVES
 from hashevict_vllm.kernels.pages import view_pages
 
 
@@ -18,7 +19,8 @@ class PageCopy(NamedTuple):
         dst_block_id: The destination.
         group_id: KV-cache group, whose layers' pages are copied.
         keeps_votes: Whether the tail is copied as it is: a snapshot. Otherwise votes
-            are zeroed and marks removed, as both depend on the request that made them.
+            are zeroed (not how large values are, which lies beside them) and marks
+            removed, as both depend on the request that made them.
 
     """
 
@@ -50,7 +52,7 @@ def copy_pages(
     if fresh:
         tail = view_pages(kv_cache, words).tail
         rows = _ids(fresh, kv_cache.device)
-        tail[rows, :, words - 1] = 0
+        tail[rows, :, words - 1] &= OCTAVES
         position = tail[rows, :, words]
         tail[rows, :, words] = torch.where(position < 0, ~position, position)
 

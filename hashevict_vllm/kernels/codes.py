@@ -28,6 +28,13 @@ either side (`hashevict_vllm.policies.value`)."""
 PROMPT_ENDS, PROMPT_GOES_ON = 1, 2
 """Where a live set is reduced; 0 is that it is not."""
 
+OCTAVES = 31
+"""Lowest bits of a slot's votes, which are no votes but how large its value is
+(`hashevict_vllm.policies.value.octaves`); who counts votes leaves them out."""
+
+LOWEST_OCTAVE = -16
+"""Squared norms of values below 2 to this count as that much."""
+
 BEFORE_THE_END = 8
 """Times as much credit for unusual values where the prompt goes on, as nobody knows yet
 what it will ask (`hashevict_vllm.policies.value`)."""

@@ -1,4 +1,4 @@
-"""What a prompt says besides what it asks: credit for values unlike the others.
+"""What slots are worth besides what is asked: values count, too.
 
 A prompt's last queries know what is asked now, not what may be asked later. For that,
 slots that carry something of their own are the best guess: a value far from the mean
@@ -7,13 +7,18 @@ multiplies attention by the norm of values. Here the mean is taken off, which al
 answers of a head hold, and credit is added to votes, as nobody votes for what nobody
 asks yet. Where a segment ends and the prompt goes on, nobody has asked anything, and
 credit counts `BEFORE_THE_END` times as much.
+
+In decode every ballot spreads some more votes over the slots, by how large their values
+are. What is needed once and late, such as a number of the question, gets no votes until
+then; large values tell it from what is never needed. The norm is known when a token is
+written, and a slot keeps its octave in the lowest bits of its votes (`octaves`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from hashevict_vllm.kernels.codes import BESIDE, LONGEST
+from hashevict_vllm.kernels.codes import BESIDE, LONGEST, LOWEST_OCTAVE, OCTAVES
 
 
 def distances(position: torch.Tensor, v: torch.Tensor, sinks: int) -> torch.Tensor:
@@ -78,3 +83,41 @@ def credit_weight(credit: float, budget: int, slots: int) -> float:
     """
     kept = budget / slots
     return credit * kept * (1 - kept) ** 2 / slots
+
+
+def octaves(v: torch.Tensor) -> torch.Tensor:
+    """Octave of the squared norm of values.
+
+    The exponent of a float32, 0 for `LOWEST_OCTAVE` and less, at most `OCTAVES`, as
+    for what is not finite.
+
+    Args:
+        v: float32 [Hkv, n, D].
+
+    Returns:
+        int32 [Hkv, n].
+
+    """
+    square = v.double().square().sum(-1).float()
+    exponent = (square.view(torch.int32) >> 23 & 255) - 127
+    return (exponent - LOWEST_OCTAVE).clamp(0, OCTAVES)
+
+
+def spread(v: torch.Tensor, votes: float) -> torch.Tensor:
+    """``votes`` over slots in proportion to the octaves of their squared norms.
+
+    Args:
+        v: float32 [Hkv, n, D].
+        votes: In sum.
+
+    Returns:
+        float32 [Hkv, n].
+
+    """
+    size = torch.exp2((octaves(v) + LOWEST_OCTAVE).float())
+    return size * (votes / size.sum(1, keepdim=True))
+
+
+def without_octaves(votes: torch.Tensor) -> torch.Tensor:
+    """Votes float32 [..], rounded down to what is left of their bits (`OCTAVES`)."""
+    return (votes.contiguous().view(torch.int32) & ~OCTAVES).view(torch.float32)

@@ -21,7 +21,12 @@ from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
 from hashevict_vllm.policies.frame import KeyFrame
-from hashevict_vllm.policies.value import credit, credit_weight
+from hashevict_vllm.policies.value import (
+    credit,
+    credit_weight,
+    spread,
+    without_octaves,
+)
 from hashevict_vllm.resolved import ResolvedKVPolicy
 
 
@@ -69,12 +74,14 @@ class Vote(EvictionRule):
         """Votes grow by the estimated attention, the largest of the query group.
 
         Softmax of ``scale`` times `dot_products` over the slots. In decode votes fade
-        first.
+        first, and large values get some more (`hashevict_vllm.policies.value`).
         """
         logits = self.dot_products(q, slots.k, projection) * scale
+        votes = attention_of(logits).amax(1)
         if decode:
             slots.votes.mul_(self.policy.decay)
-        slots.votes.add_(attention_of(logits).amax(1))
+            votes += spread(slots.v, self.policy.value_votes)
+        slots.votes.copy_(without_octaves(slots.votes + votes))
 
     def dot_products(
         self, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor
@@ -124,7 +131,8 @@ class Vote(EvictionRule):
         """
         position = slots.position
         merit = self.merit(position, slots.votes, slots.v, goes_on)
-        slots.votes.copy_(torch.maximum(slots.votes, NEIGHBOURS * merit))
+        least = without_octaves(NEIGHBOURS * merit)
+        slots.votes.copy_(torch.maximum(slots.votes, least))
         protected = (position < self.policy.sinks) | (
             position >= end - self.policy.recent
         )

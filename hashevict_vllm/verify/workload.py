@@ -91,7 +91,8 @@ class _Layer:
     def estimate(self) -> Estimate:
         rule, dim = self.shape.rule, self.shape.head_dim
         projection = make_projection(dim, max(rule.bits, 1), 0, True)
-        return Estimate.of(projection.to(self.device), 0.125, 0.02, 0.85, 1024.0)
+        numbers = (0.125, 0.02, 0.85, 1024.0, 3.0)
+        return Estimate.of(projection.to(self.device), *numbers)
 
 
 def decode_launches(

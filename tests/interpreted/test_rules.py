@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.oracle import resolve
 from support.paged_triton import LAYOUTS, POISON, SCALE, TritonLayer
+from support.votes import assert_votes
 
 from hashevict_vllm.kernels.codes import UNDESCRIBED
 from hashevict_vllm.kernels.projection import make_projection
@@ -122,8 +123,7 @@ def run(
                 met = voters[-1] + 1 if voters else prompts[i]
                 known = oracle.slots.position < met
                 check_words(words[..., :-1], oracle.slots.k, resolved, known)
-                votes = words[..., -1:].contiguous().view(torch.float32)[..., 0]
-                torch.testing.assert_close(votes, oracle.slots.votes)
+                assert_votes(words, oracle.slots)
         elif oracle.rule.projected_bits:
             packed = pack_bits(oracle.slots.bits)
             assert torch.equal(words[..., : packed.shape[-1]], packed)

@@ -53,8 +53,12 @@ def test_a_slot_starts_without_votes_and_its_own_token_casts_none_for_it() -> No
         assert bool((layer.slots.votes.gather(1, newest[:, None]) == 0).all())
 
 
-def test_a_ballot_fades_earlier_votes_and_spreads_one_vote_over_the_others() -> None:
-    layer = read({"budget": 40}, prompt=60, outputs=0)
+@pytest.mark.parametrize("value_votes", [0.0, 2.5])
+def test_a_ballot_fades_earlier_votes_and_spreads_votes_over_the_others(
+    value_votes: float,
+) -> None:
+    """One by the estimated attention of a single query, and those for values."""
+    layer = read({"budget": 40, "value_votes": value_votes}, prompt=60, outputs=0)
     before = layer.slots
     layer.forward(*token(60), SCALE)
     after = layer.slots
@@ -63,7 +67,8 @@ def test_a_ballot_fades_earlier_votes_and_spreads_one_vote_over_the_others() -> 
         earlier = before.votes[head, kept] * 0.5
         cast = after.votes[head, :-1] - earlier  # the newest comes last
         assert bool((cast >= 0).all())
-        torch.testing.assert_close(cast.sum(), torch.tensor(1.0))
+        total = torch.tensor(1.0 + value_votes)
+        torch.testing.assert_close(cast.sum(), total, atol=1e-4, rtol=0)
 
 
 def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_an_eighth() -> None:

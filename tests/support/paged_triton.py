@@ -108,8 +108,9 @@ class TritonLayer:
             head_dim, self.rule.bits, policy.seed, policy.orthogonal
         )
         factor = vote_factor(policy, head_dim)
+        values = (policy.credit, policy.value_votes)
         self.estimate = Estimate.of(
-            self.projection, SCALE, factor, policy.decay, policy.credit
+            self.projection, SCALE, factor, policy.decay, *values
         )
         self.scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if cache_dtype is not None:

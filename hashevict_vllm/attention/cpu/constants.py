@@ -37,13 +37,13 @@ def vote_strengths(policy: ResolvedKVPolicy, scale: float, head_dim: int) -> np.
     """What votes are weighed with.
 
     Returns:
-        float32 [4]: factor of what is hashed of a logit, decay, scale, credit
-        (`kernels.cpu.layer.Rule`).
+        float32 [5]: factor of what is hashed of a logit, decay, scale, credit, votes
+        for values (`kernels.cpu.layer.Rule`).
 
     """
     factor = estimate_scale(policy.hash_bits, head_dim, policy.orthogonal)
-    strengths = [scale * factor, policy.decay, scale, policy.credit]
-    return np.array(strengths, np.float32)
+    values = [policy.credit, policy.value_votes]
+    return np.array([scale * factor, policy.decay, scale, *values], np.float32)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KernelConstants:
         k_map: int32 [N, D], see `probe_element_map`.
         v_map: int32 [N, D].
         rule: int64 [5], see `rule_array`.
-        strengths: float32 [4], see `vote_strengths`.
+        strengths: float32 [5], see `vote_strengths`.
         openmp: int64 [2], see `find_openmp`.
 
     """

@@ -130,6 +130,7 @@ class DeviceConstants:
                 vote_factor(policy, spec.head_size),
                 policy.decay,
                 policy.credit,
+                policy.value_votes,
             ),
             bound=most_slots(policy, longest),
             reduced_bound=most_reduced_slots(policy, longest),

@@ -16,7 +16,8 @@ from hashevict_vllm.kernels.cpu.frame import (
 from hashevict_vllm.kernels.cpu.jit import inlined
 from hashevict_vllm.kernels.cpu.scores import describe_key
 from hashevict_vllm.kernels.cpu.slots import copy_in, write_words
-from hashevict_vllm.kernels.cpu.tokens import load_new_key
+from hashevict_vllm.kernels.cpu.tokens import load_new_key, load_new_value
+from hashevict_vllm.kernels.cpu.value import octave_of
 
 
 @inlined
@@ -56,6 +57,9 @@ def append_tokens(
             describe_in(key, frame, rule.projection, scratch.key_dots, words)
         else:
             describe_key(key, rule, scratch.key_dots, words)
+        if votes:
+            load_new_value(pages, tokens, rows[i], head, key)
+            words[len(words) - 1] = octave_of(key)
         write_words(pages, blocks, slot, head, words, position)
         copy_in(pages, tokens, rows[i], blocks, slot, head)
         if votes and position == rule.sinks - 1:

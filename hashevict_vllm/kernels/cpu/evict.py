@@ -31,7 +31,8 @@ from hashevict_vllm.kernels.cpu.slots import (
     prefetch_slot,
     write_words,
 )
-from hashevict_vllm.kernels.cpu.tokens import load_new_key
+from hashevict_vllm.kernels.cpu.tokens import load_new_key, load_new_value
+from hashevict_vllm.kernels.cpu.value import octave_of
 from hashevict_vllm.kernels.cpu.views import unowned
 
 BLOCKS_AHEAD = 4
@@ -129,6 +130,8 @@ def describe_new(pages, rule, tokens, token, head, scratch, chosen):
     key, words = scratch.key, chosen.words[head]
     if rule.score == VOTE:
         leave_undescribed(words[0])
+        load_new_value(pages, tokens, token.row, head, key)
+        words[0, pages.words - 1] = octave_of(key)
         return
     load_new_key(pages, tokens, token.row, head, key)
     describe_key(key, rule, scratch.key_dots, words[0])

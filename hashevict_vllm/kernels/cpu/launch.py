@@ -66,8 +66,8 @@ def write_tokens(
         geometry: int64 [9]: H, N, D, W, element stride and word stride of a block,
             first tail word of a page, element kind, b.
         rule: int64 [5]: sinks, kind of score (`codes`), seed, pool, vote_every.
-        strengths: float32 [4]: factor of the hashed part of a logit, decay, softmax
-            scale, credit (`hashevict_vllm.kernels.cpu.layer.Rule`).
+        strengths: float32 [5]: factor of the hashed part of a logit, decay, softmax
+            scale, credit, votes for values (`hashevict_vllm.kernels.cpu.layer.Rule`).
         openmp: int64 [2], as `hashevict_vllm.kernels.cpu.openmp.find_openmp`.
 
     Raises:

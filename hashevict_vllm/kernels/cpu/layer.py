@@ -64,6 +64,7 @@ class Rule(NamedTuple):
         scale: Of the softmax, float32.
         credit: ``value_weight`` times ``window``, float32
             (`hashevict_vllm.policies.value.credit_weight`).
+        value_votes: Votes of a ballot for large values, float32.
 
     """
 
@@ -78,6 +79,7 @@ class Rule(NamedTuple):
     decay: float
     scale: float
     credit: float
+    value_votes: float
 
 
 class Scratch(NamedTuple):
@@ -174,4 +176,5 @@ def rule_of(rule, projection, bits, strengths):
         strengths[1],
         strengths[2],
         strengths[3],
+        strengths[4],
     )

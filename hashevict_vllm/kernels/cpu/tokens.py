@@ -112,6 +112,13 @@ def load_new_key(pages, tokens, row, head, x):
 
 
 @inlined
+def load_new_value(pages, tokens, row, head, x):
+    """A token's value as float32, into ``x`` [D]."""
+    at = row * tokens.v_stride + head * pages.dim
+    load(tokens.v[at : at + pages.dim], pages.kind, x)
+
+
+@inlined
 def load_queries(pages, tokens, row, head, x):
     """The G query rows of a KV head as float32, into ``x`` [G * D]."""
     size = tokens.group * pages.dim

@@ -1,4 +1,4 @@
-"""Credit for unusual values, when a segment is reduced (numba).
+"""What values count: credit when a segment is reduced, votes in decode (numba).
 
 See `hashevict_vllm.policies.value` for the rule.
 """
@@ -8,9 +8,15 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import BEFORE_THE_END, BESIDE, LONGEST
+from hashevict_vllm.kernels.codes import (
+    BEFORE_THE_END,
+    BESIDE,
+    LONGEST,
+    LOWEST_OCTAVE,
+    OCTAVES,
+)
 from hashevict_vllm.kernels.cpu.jit import inlined
-from hashevict_vllm.kernels.cpu.slots import load_value
+from hashevict_vllm.kernels.cpu.slots import load_value, row_size, tail_of
 
 
 @inlined
@@ -88,3 +94,49 @@ def add_credit(pages, rule, blocks, head, position, order, goes_on, budget, meri
         ratio = smooth[i] / mean if mean > 0 else np.float64(0)
         given = weight * ratio * ratio
         merit[i] += np.float32(given if given <= LONGEST else 0)
+
+
+@njit(fastmath={"contract", "reassoc"})
+def octave_of(x):
+    """Octave of the squared norm of a value, float32 [D] (`policies.value.octaves`)."""
+    square = np.float64(0)
+    for d in range(len(x)):
+        square += np.float64(x[d]) * np.float64(x[d])
+    exponent = (np.float32(square).view(np.int32) >> 23 & 255) - 127
+    return np.int32(min(max(exponent - LOWEST_OCTAVE, 0), OCTAVES))
+
+
+@njit(fastmath={"contract", "reassoc"})
+def add_spread(pages, blocks, num_slots, head, own, share, votes):
+    """Spread votes over slots by the octaves of their values.
+
+    Args:
+        pages: `Pages`.
+        blocks: int32 [..], of the request.
+        num_slots: n, live slots.
+        head: KV head.
+        own: The voter's slot, which gets none; n if it has none.
+        share: Votes in sum, float32.
+        votes: float32 [>= n], changed.
+
+    """
+    block_size, row = pages.block_size, (pages.words - 1) * row_size(pages)
+    bits = np.empty(num_slots, np.int32)
+    for first in range(0, num_slots, block_size):
+        count = min(block_size, num_slots - first)
+        at = tail_of(pages, blocks, first, head) + row
+        word = pages.tail[at : at + count]
+        here = bits[first : first + count]
+        for i in range(count):
+            octave = (word[i] & np.int32(OCTAVES)) + np.int32(127 + LOWEST_OCTAVE)
+            here[i] = octave << np.int32(23)
+    if own < num_slots:
+        bits[own] = 0
+    size = bits.view(np.float32)
+    total = np.float32(0)
+    for i in range(num_slots):
+        total += size[i]
+    if total > 0:
+        factor = share / total
+        for i in range(num_slots):
+            votes[i] += size[i] * factor

@@ -2,7 +2,7 @@
 
 See `hashevict_vllm.policies.vote` for the rule. A slot's words are the signature of the
 rest of its key, three small numbers (`hashevict_vllm.policies.frame`) and its votes, a
-float32.
+float32 whose lowest bits say how large its value is (`OCTAVES`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import AHEAD, NEIGHBOURS, SMOOTH
+from hashevict_vllm.kernels.codes import AHEAD, NEIGHBOURS, OCTAVES, SMOOTH
 from hashevict_vllm.kernels.cpu.ballot import (
     WIDTH,
     add_rows,
@@ -28,7 +28,7 @@ from hashevict_vllm.kernels.cpu.slots import (
     word_of,
 )
 from hashevict_vllm.kernels.cpu.tokens import load_queries
-from hashevict_vllm.kernels.cpu.value import add_credit
+from hashevict_vllm.kernels.cpu.value import add_credit, add_spread
 
 BALLOT_AHEAD = 8
 """Blocks that are asked for ahead of the estimate of their logits."""
@@ -73,10 +73,18 @@ def _pair_up(along, group, first, scale, lines):
 
 
 @njit(fastmath={"contract"})
-def _fade_and_add(votes, decay, new_votes):
-    """Decay votes [n] and add the new ones."""
-    for i in range(len(votes)):
-        votes[i] = votes[i] * decay + new_votes[i]
+def _fade_and_add(words, decay, new_votes, changed):
+    """Decay the votes in ``words`` int32 [n] and add the new ones; octaves stay.
+
+    ``changed`` float32 [>= n] is scratch.
+    """
+    octaves, bits = np.int32(OCTAVES), changed.view(np.int32)
+    for i in range(len(words)):
+        bits[i] = words[i] & ~octaves
+    for i in range(len(words)):
+        changed[i] = changed[i] * decay + new_votes[i]
+    for i in range(len(words)):
+        words[i] = (bits[i] & ~octaves) | (words[i] & octaves)
 
 
 @njit
@@ -104,7 +112,6 @@ def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
     block_size, tail = pages.block_size, pages.tail
     hashed, size = pages.words - 2, row_size(pages)
     group, dim, bits = tokens.group, pages.dim, rule.bits
-    as_float = tail.view(np.float32)
     room = (num_slots + block_size - 1) // block_size * block_size
     x, projected = np.empty(group * dim, np.float32), np.empty(group * bits, np.float32)
     tables, logits = np.empty(hashed * 4096, np.float32), np.empty(4 * room, np.float32)
@@ -145,14 +152,17 @@ def cast_votes(pages, rule, tokens, row, blocks, num_slots, head, frame, t):
             known = first_query + g < group and total > np.float32(0.5)
             shares[g] = np.float32(1) / total if known else np.float32(0)
         raise_votes(logits, shares, votes)
+    if t >= 0 and rule.value_votes > 0:
+        share = rule.value_votes
+        add_spread(pages, blocks, num_slots, head, own, share, votes)
     if own < num_slots:
         votes[own] = np.float32(0)
     decay = rule.decay if t >= 0 else np.float32(1)
     for first in range(0, num_slots, block_size):
         count = min(block_size, num_slots - first)
         at = tail_of(pages, blocks, first, head) + (hashed + 1) * size
-        kept, new_votes = as_float[at : at + count], votes[first : first + count]
-        _fade_and_add(kept, decay, new_votes)
+        words, new_votes = tail[at : at + count], votes[first : first + count]
+        _fade_and_add(words, decay, new_votes, logits)
 
 
 @njit
@@ -199,20 +209,21 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, goes_on, budget, rece
     words, size, tail = pages.words, row_size(pages), pages.tail
     position = np.empty(num_slots, np.int32)
     votes = np.empty(num_slots, np.float32)
-    as_float = tail.view(np.float32)
+    bits, octaves = votes.view(np.int32), np.int32(OCTAVES)
     for slot in range(num_slots):
         at = word_of(pages, blocks, slot, head)
         position[slot] = tail[at + words * size]
-        votes[slot] = as_float[at + (words - 1) * size]
+        bits[slot] = tail[at + (words - 1) * size] & ~octaves
     order = np.argsort(position)
     position, votes = position[order], votes[order]
+    bits = votes.view(np.int32)
     merit = _pool(position, votes, rule.pool)
     if rule.credit > 0:
         add_credit(pages, rule, blocks, head, position, order, goes_on, budget, merit)
-    share = np.float32(NEIGHBOURS)
     for i in range(num_slots):
-        at = word_of(pages, blocks, order[i], head)
-        as_float[at + (words - 1) * size] = max(votes[i], share * merit[i])
+        at = word_of(pages, blocks, order[i], head) + (words - 1) * size
+        votes[i] = max(votes[i], np.float32(NEIGHBOURS) * merit[i])
+        tail[at] = (bits[i] & ~octaves) | (tail[at] & octaves)
     ranked = np.argsort(merit, kind="mergesort")
     left = num_slots - budget
     for i in ranked:

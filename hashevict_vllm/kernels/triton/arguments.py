@@ -212,6 +212,7 @@ class Estimate(NamedTuple):
         decay: Factor on earlier votes.
         credit: ``value_weight`` times the window, see
             `hashevict_vllm.policies.value.credit_weight`; 0 for no credit.
+        value_votes: Votes of a ballot for large values.
         bits: b, unknown to the compiler, which would unroll sums and spill.
         length: D, likewise.
 
@@ -222,6 +223,7 @@ class Estimate(NamedTuple):
     factor: float
     decay: float
     credit: float
+    value_votes: float
     bits: int
     length: int
 
@@ -233,10 +235,12 @@ class Estimate(NamedTuple):
         factor: float,
         decay: float,
         credit: float,
+        value_votes: float,
     ) -> Estimate:
         """The arguments for a projection, and for what was calculated from a policy."""
         length, bits = projection.shape
-        return cls(projection, scale, factor, decay, credit, bits, length)
+        numbers = (scale, factor, decay, credit, value_votes)
+        return cls(projection, *numbers, bits, length)
 
 
 class Scratch(NamedTuple):

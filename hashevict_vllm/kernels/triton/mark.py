@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from hashevict_vllm.kernels.codes import NEIGHBOURS
+from hashevict_vllm.kernels.triton.octave import votes_of, with_octave
 from hashevict_vllm.kernels.triton.pieces import (
     BUDGET,
     COMPACT,
@@ -106,10 +107,10 @@ def _selection_order(
 def _keep_votes(meta, merit, used, word, rule: tl.constexpr):
     """A slot's own votes, but at least a share of its merit."""
     kept = meta + (rule.words - 1) * word
-    own = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
+    own = tl.load(kept, mask=used, other=0)
     least = tl.load(merit, mask=used, other=0.0) * _NEIGHBOURS
-    votes = tl.maximum(own, least)
-    tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
+    votes = tl.maximum(votes_of(own), least)
+    tl.store(kept, with_octave(votes, own), mask=used)
 
 
 @triton.jit(do_not_specialize=["width"])

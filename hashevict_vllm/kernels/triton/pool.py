@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashevict_vllm.kernels.triton.octave import votes_of
 from hashevict_vllm.kernels.triton.pieces import COMPACT, COUNT, NUM_COLUMNS, SLOT
 from hashevict_vllm.kernels.triton.slots import head_of, meta_of
 from hashevict_vllm.kernels.triton.value import average_beside, credit_of
@@ -66,7 +67,7 @@ def pool_kernel(
     gathered = tl.zeros([TILE], tl.float32)
     if STAGE == 0:
         votes = tl.load(meta + (rule.words - 1) * page.word, mask=used, other=0)
-        gathered = votes.to(tl.float32, bitcast=True)
+        gathered = votes_of(votes)
     else:
         for i in tl.static_range(BEFORE + AHEAD + 1):
             near = position + (i - BEFORE)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS
+from hashevict_vllm.kernels.triton.octave import votes_of, with_octave
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
     COUNT,
@@ -268,7 +269,7 @@ def add_kernel(
     projected = asked.projected + owner * (rule.window * (rule.bits + 2) * members)
     totals = asked.totals + owner * (rule.window * members * 2)
     kept = meta + (rule.words - 1) * page.word
-    votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
+    word = tl.load(kept, mask=used, other=0)
     line, within = tl.arange(0, ROWS), tl.arange(0, at_once)
     for begin in range(0, number, at_once):
         voter, member = begin + line // members, line % members
@@ -284,5 +285,6 @@ def add_kernel(
         attention = tl.reshape(attention * share[:, None], (at_once, members, TILE))
         most = tl.max(attention, 1)
         for i in tl.static_range(at_once):
-            votes += tl.sum(tl.where((within == i)[:, None], most, 0.0), 0)
-    tl.store(kept, votes.to(tl.int32, bitcast=True), mask=used)
+            votes = tl.sum(tl.where((within == i)[:, None], most, 0.0), 0)
+            word = with_octave(votes_of(word) + votes, word)
+    tl.store(kept, word, mask=used)

@@ -1,7 +1,8 @@
 """Ballots of tokens that decode (`hashevict_vllm.policies.vote`).
 
 A slot's words are its signature, packed numbers (`hashevict_vllm.policies.frame`) and
-its votes, which are float32. How an attention logit is guessed from them is
+its votes, which are float32 but for their lowest bits
+(`hashevict_vllm.kernels.triton.octave`). How an attention logit is guessed from them is
 `estimated_logits`. A ballot touches the tail of the layer's pages and its own scratch,
 and reads keys; attention reads keys and values. So both may run at once.
 """
@@ -14,6 +15,7 @@ import triton.language as tl
 from hashevict_vllm.kernels.codes import UNDESCRIBED
 from hashevict_vllm.kernels.triton.describe import write_descriptions
 from hashevict_vllm.kernels.triton.frame import FRAME_VECTORS, write_frame
+from hashevict_vllm.kernels.triton.octave import size_of, votes_of, with_octave
 from hashevict_vllm.kernels.triton.pieces import (
     BALLOTS,
     COUNT,
@@ -162,8 +164,8 @@ def _cast_votes(
 ):
     """Votes fade, and grow by the most attention that a query of the group pays.
 
-    Two passes over the slots: logits, their largest and sum for every query; then the
-    votes.
+    Two passes over the slots: logits, their largest and sum for every query, and the
+    size of all values, which have votes of their own; then the votes.
     Ends with a barrier, so that the program may read what it wrote.
 
     Args:
@@ -183,6 +185,7 @@ def _cast_votes(
     bits, word = estimate.bits, at.page.word
     top = tl.full([members], float("-inf"), tl.float32)
     total = tl.zeros([members], tl.float32)
+    values = tl.zeros([TILE], tl.float32)
     for first in range(0, live, TILE):
         slots = first + lane
         used = slots < live
@@ -200,6 +203,10 @@ def _cast_votes(
         here = tl.sum(tl.exp(logits - base[:, None]), 1)
         total = total * tl.exp(top - base) + here
         top = higher
+        kept = tl.load(meta + (rule.words - 1) * word, mask=used, other=0)
+        values += tl.where(asked, size_of(kept), 0.0)
+    values = tl.sum(values, 0)
+    spread = tl.where(values > 0.0, estimate.value_votes / values, 0.0)
     share = tl.where((member < sizes.group) & (total > 0.0), 1.0 / total, 0.0)
     top = tl.where(total > 0.0, top, 0.0)
     tl.debug_barrier()
@@ -212,11 +219,12 @@ def _cast_votes(
         there = used[None, :] & (member >= 0)[:, None]
         logits = tl.load(row, mask=there, other=float("-inf"))
         attention = tl.exp(logits - top[:, None]) * share[:, None]
-        kept = meta + (rule.words - 1) * word
-        votes = tl.load(kept, mask=used, other=0).to(tl.float32, bitcast=True)
-        votes = votes * estimate.decay + tl.max(attention, 0)
+        kept = tl.load(meta + (rule.words - 1) * word, mask=used, other=0)
+        added = tl.max(attention, 0) + size_of(kept) * spread
+        votes = votes_of(kept) * estimate.decay + added
         asked = used & (position != own)
-        tl.store(kept, votes.to(tl.int32, bitcast=True), mask=asked)
+        changed = with_octave(votes, kept)
+        tl.store(meta + (rule.words - 1) * word, changed, mask=asked)
     tl.debug_barrier()
 
 

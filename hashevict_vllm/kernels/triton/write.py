@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from hashevict_vllm.kernels.codes import NOT_A_NUMBER, UNDESCRIBED
+from hashevict_vllm.kernels.triton.octave import octave_of
 from hashevict_vllm.kernels.triton.pieces import (
     COUNT,
     EVICT,
@@ -25,26 +26,37 @@ _NOT_A_NUMBER = tl.constexpr(NOT_A_NUMBER)
 
 @triton.jit
 def _write_element_row(source, target, scale, sizes: tl.constexpr):
-    """Copy one row of D elements, divided by ``scale`` where there is one (fp8)."""
+    """Copy one row of D elements, divided by ``scale`` where there is one (fp8).
+
+    Returns:
+        What was written, float32 [D'], 0 beyond D; times ``scale``.
+
+    """
     padded: tl.constexpr = sizes.dim_padded
     d = tl.arange(0, padded)
     x = tl.load(source + d, mask=d < sizes.dim, other=0.0)
     if scale is not None:
         x = x.to(tl.float32) / tl.load(scale)
-    tl.store(target + d, x.to(target.dtype.element_ty), mask=d < sizes.dim)
+    written = x.to(target.dtype.element_ty)
+    tl.store(target + d, written, mask=d < sizes.dim)
+    written = written.to(tl.float32)
+    if scale is not None:
+        written *= tl.load(scale)
+    return written
 
 
 @triton.jit
 def _write_words(
-    meta, word, signed, token_head, rule: tl.constexpr, sizes: tl.constexpr
+    meta, word, signed, token_head, value, rule: tl.constexpr, sizes: tl.constexpr
 ):
-    """What a slot keeps of its key (`EvictionRule.words`), as far as it is known.
+    """What a slot keeps (`EvictionRule.words`), as far as it is known.
 
-    With votes a ballot describes the key; nobody has voted on it.
+    With votes a ballot describes the key; nobody has voted on it. ``value`` float32
+    [D'], see `octave_of`.
     """
     if rule.kind == VOTE:
         tl.store(meta + (rule.words - 2) * word, _UNDESCRIBED)
-        tl.store(meta + (rule.words - 1) * word, 0)
+        tl.store(meta + (rule.words - 1) * word, octave_of(value))
     else:
         hashed: tl.constexpr = sizes.hashed
         row = token_head * (sizes.group + 1) + sizes.group
@@ -150,7 +162,7 @@ def write_kernel(
     k_source = tokens.k + token * tokens.k_token + head * tokens.k_head
     v_source = tokens.v + token * tokens.v_token + head * tokens.v_head
     _write_element_row(k_source, page.k + k_target, page.k_scale, sizes)
-    _write_element_row(v_source, page.v + v_target, page.v_scale, sizes)
+    value = _write_element_row(v_source, page.v + v_target, page.v_scale, sizes)
     meta = meta_of(at, slot, slot >= 0, sizes)
     tl.store(meta + rule.words * page.word, position)
-    _write_words(meta, page.word, signed, token_head, rule, sizes)
+    _write_words(meta, page.word, signed, token_head, value, rule, sizes)

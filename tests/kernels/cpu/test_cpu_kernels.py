@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numba import njit
 from support.oracle import resolve
 from support.paged import POISON, PagedLayer
+from support.votes import assert_votes
 
 from hashevict_vllm.kernels.codes import UNDESCRIBED
 from hashevict_vllm.kernels.cpu import hash as cpu_hash
@@ -84,8 +85,7 @@ def run(
             found = words[..., : packed.shape[-1]]
             assert torch.equal(found[known], packed[known])
         if resolved.votes:
-            votes = words[..., -1:].contiguous().view(torch.float32)[..., 0]
-            torch.testing.assert_close(votes, oracle.slots.votes)
+            assert_votes(words, oracle.slots)
         assert torch.equal(k_live.float(), oracle.slots.k)
         assert torch.equal(v_live.float(), oracle.slots.v)
     assert bool((paged.kv_cache[0].view(torch.uint8) == POISON).all())
