@@ -69,8 +69,11 @@ check_cache() {
     local cache
     cache=$(python3 -c \
         'from hashevict_vllm.downloads import cache_dir; print(cache_dir())' \
-        2>/dev/null) ||
-        die "python3: hashevict_vllm is not installed for the one in PATH."
+        2>/dev/null) || {
+        python3 -c 'import hashevict_vllm' 2>/dev/null ||
+            die "python3: hashevict_vllm is not installed for the one in PATH."
+        die "HASHEVICT_CACHE: user $(id -u) has no home directory; name a directory to keep files in."
+    }
     mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ] ||
         die "HASHEVICT_CACHE: user $(id -u) cannot write to $cache;" \
             "mount a volume of that user's, or name another directory."

@@ -23,6 +23,7 @@ from hashevict_vllm.values import (
     as_tokens,
     fail,
     percent_of,
+    shown,
     tokens_of,
 )
 
@@ -208,7 +209,7 @@ class KVPolicyConfig:
         if not isinstance(options, Mapping):
             raise fail(
                 f"additional_config['{ADDITIONAL_CONFIG_KEY}']",
-                f"expected a dict of policy options, got {options!r}.",
+                f"expected a dict of policy options, got {shown(options)}.",
             )
         valid = cls.keys()
         for key in options:
@@ -276,12 +277,12 @@ class KVPolicyConfig:
             if isinstance(segment, str) and not segment.strip().isdigit():
                 raise fail(
                     flag("segment"),
-                    f"expected tokens or {SEGMENT_PROMPT!r}, got {segment!r}.",
+                    f"expected tokens or {SEGMENT_PROMPT!r}, got {shown(segment)}.",
                 )
             segment = as_int(flag("segment"), segment, 1, MAX_TOKENS)
         for key in ("orthogonal", "allow_full", "inspect"):
             if not isinstance(value := getattr(self, key), bool):
-                raise fail(flag(key), f"expected true or false, got {value!r}.")
+                raise fail(flag(key), f"expected true or false, got {shown(value)}.")
         scoring = self.scoring or SCORINGS[self.name][0]
         return dataclasses.replace(
             self,
@@ -380,9 +381,10 @@ class KVPolicyConfig:
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        text = value if isinstance(value, str) else ""
+        near = difflib.get_close_matches(text, choices, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {choices}."
-        raise fail(option_flag(key), f"unknown value {value!r}; {hint}")
+        raise fail(option_flag(key), f"unknown value {shown(value)}; {hint}")
 
 
 def policy_of(additional_config: Any) -> KVPolicyConfig:

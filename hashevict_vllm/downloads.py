@@ -23,11 +23,21 @@ def cache_dir() -> Path:
 
     ``$HASHEVICT_CACHE``, else ``hashevict-vllm`` in ``$XDG_CACHE_HOME`` or
     ``~/.cache``.
+
+    Raises:
+        DownloadError: When that is below a home directory, and there is none.
+
     """
-    if own := os.environ.get("HASHEVICT_CACHE"):
-        return Path(own).expanduser().absolute()
+    own = os.environ.get("HASHEVICT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "hashevict-vllm"
+    path = Path(own) if own else Path(base) / "hashevict-vllm"
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise DownloadError(
+            f"HASHEVICT_CACHE: user {os.getuid()} has no home directory; name a "
+            "directory to keep files in."
+        ) from None
 
 
 def progress(message: str) -> None:

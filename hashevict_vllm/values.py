@@ -6,6 +6,9 @@ from typing import Any
 
 from hashevict_vllm.resolved import share_of
 
+SHOWN = 80
+"""Most characters of a value that a sentence repeats."""
+
 
 class KVPolicyError(ValueError):
     """A setting that cannot be served; the message is one sentence for the user."""
@@ -16,16 +19,28 @@ def fail(flag: str, reason: str) -> KVPolicyError:
     return KVPolicyError(f"{flag}: {reason}")
 
 
+def shown(value: Any) -> str:
+    """A user's value in a sentence: the beginning of its ``repr`` where that is long.
+
+    Python does not print integers of more than 4,300 digits.
+    """
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
 def as_int(flag: str, value: Any, minimum: int, maximum: int) -> int:
     """An integer, also as text from a command line, within its bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise fail(flag, f"expected an integer, got {value!r}.")
+        raise fail(flag, f"expected an integer, got {shown(value)}.")
     try:
         number = int(value)
     except ValueError:
-        raise fail(flag, f"expected an integer, got {value!r}.") from None
+        raise fail(flag, f"expected an integer, got {shown(value)}.") from None
     if number < minimum:
-        raise fail(flag, f"must be at least {minimum}, got {number}.")
+        raise fail(flag, f"must be at least {minimum}, got {shown(number)}.")
     if number > maximum:
         raise fail(flag, f"must be at most {maximum}.")
     return number
@@ -39,7 +54,7 @@ def as_tokens(flag: str, value: Any, minimum: int, maximum: int) -> int | str:
             share = float(text[:-1])
         except ValueError:
             raise fail(
-                flag, f"expected tokens or a share like 25%, got {value!r}."
+                flag, f"expected tokens or a share like 25%, got {shown(value)}."
             ) from None
         if not 0 < share <= 100:
             raise fail(flag, f"a share must lie in (0%, 100%], got {text}.")
@@ -49,7 +64,7 @@ def as_tokens(flag: str, value: Any, minimum: int, maximum: int) -> int | str:
     except KVPolicyError as error:
         if isinstance(value, str) and not value.strip().lstrip("-").isdigit():
             raise fail(
-                flag, f"expected tokens or a share like 25%, got {value!r}."
+                flag, f"expected tokens or a share like 25%, got {shown(value)}."
             ) from None
         raise error
 
@@ -62,7 +77,7 @@ def as_number(flag: str, value: Any, maximum: float, positive: bool = False) -> 
             raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise fail(flag, f"expected a number in {span}, got {value!r}.") from None
+        raise fail(flag, f"expected a number in {span}, got {shown(value)}.") from None
     if not 0 <= number <= maximum or (positive and number == 0):
         raise fail(flag, f"must lie in {span}, got {number}.")
     return number

@@ -134,6 +134,18 @@ def test_a_wrong_value_is_refused_with_a_sentence_that_names_its_flag(options, f
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, -(10**5000), "9" * 5000, [0] * 5000],
+    ids=["large", "small", "text", "list"],
+)
+@pytest.mark.parametrize("key", KVPolicyConfig.keys())
+def test_values_of_any_length_are_refused_in_one_short_sentence(key, value):
+    text = message_of({**ON, key: value})
+    assert text.startswith(("--kv-", "additional_config"))
+    assert len(text) < 250
+
+
 def test_every_rule_has_four_sinks_by_default():
     assert (policy().sinks, policy(scoring="instant").sinks) == (4, 4)
     assert policy(preset="paper").sinks == 4

@@ -37,6 +37,9 @@ def test_the_package_keeps_its_import_rules() -> None:
         ("know no vLLM", "policies/random.py", "import vllm"),
         ("know no vLLM", "config.py", "import vllm.config"),
         ("know no vLLM", "kernels/codes.py", "import hashevict_vllm.cache.page"),
+        ("know no vLLM", "plan.py", "from vllm.logger import init_logger"),
+        ("know no vLLM", "reuse.py", "from hashevict_vllm import host"),
+        ("know no vLLM", "request_budget.py", "from hashevict_vllm import batch"),
         (
             "Attention on one device",
             "attention/xformers/impl.py",

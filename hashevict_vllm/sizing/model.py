@@ -10,7 +10,7 @@ import difflib
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,15 @@ def model_folder(model: str) -> Iterator[Path]:
 
 
 def _existing(model: str) -> Path:
-    from hashevict_vllm.downloads import cache_dir
+    from hashevict_vllm.downloads import DownloadError, cache_dir
 
     path = Path(model)
     if path.name == "config.json" and path.is_file():
         return path.parent
-    for folder in (path, cache_dir() / model):
+    folders = [path]
+    with suppress(DownloadError):  # no home directory, so no model in it
+        folders.append(cache_dir() / model)
+    for folder in folders:
         if (folder / "config.json").is_file():
             return folder
     near = difflib.get_close_matches(model, PRESETS, n=1)

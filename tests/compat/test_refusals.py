@@ -345,6 +345,18 @@ def test_a_segment_across_blocks_is_refused(llama):
     assert_is_one_sentence(text, "--kv-policy-config.segment")
 
 
+def test_a_budget_that_no_request_fills_is_asked_for_its_unit(llama, monkeypatch):
+    lines = []
+    monkeypatch.setattr(rules.logger, "warning", lambda s, *n: lines.append(s % n))
+    for budget in (2048, "100%"):
+        engine_args(llama, policy=kv_policy(budget=budget)).create_engine_config()
+    assert lines == []
+    engine_args(llama, policy=kv_policy(budget=4 * 10**9)).create_engine_config()
+    (line,) = lines
+    assert line.startswith("--kv-budget: 4000000000 tokens is more than the longest ")
+    assert "(2048), so nothing will be evicted; were bytes meant?" in line
+
+
 def test_a_hybrid_model_with_full_attention_layers_is_accepted(tmp_path):
     config = engine_args(write_model(tmp_path / "g", GEMMA3)).create_engine_config()
     assert rules.policy_of(config.additional_config).budget == 512

@@ -221,6 +221,23 @@ def test_wrong_settings_end_the_start_with_one_sentence(
     assert done.stdout == ""
 
 
+def test_a_user_without_a_home_directory_is_told_to_name_one(
+    commands: Path, tmp_path: Path
+) -> None:
+    """As one without an entry in the list of users, and without ``HOME``."""
+    nobody = "import pwd\ndef nobody(uid):\n    raise KeyError\npwd.getpwuid = nobody\n"
+    (tmp_path / "sitecustomize.py").write_text(nobody)
+    python = f'exec env -u HOME -u XDG_CACHE_HOME "{sys.executable}" "$@"'
+    (commands / "python3").write_text(f"#!/bin/sh\n{python}\n")
+    path = f"{tmp_path}:{ROOT}"
+    done = start(commands, "m", PYTHONPATH=path, HASHEVICT_CACHE="")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"hashevict-vllm: HASHEVICT_CACHE: user {os.getuid()} has no home directory; "
+        "name a directory to keep files in.\n"
+    )
+
+
 def test_a_missing_vllm_is_named(commands: Path) -> None:
     (commands / "vllm").unlink()
     done = start(commands, "m")

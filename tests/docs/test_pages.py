@@ -47,6 +47,19 @@ def test_keys_of_a_policy_exist(page: Path) -> None:
             KVPolicyConfig.from_dict({**keys, **options.get("kv-policy-config", {})})
 
 
+def test_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w*./-]*\w\.(?:py|md|toml))[:`]", text))
+    folders = [ROOT, *(ROOT / name for name in ("hashevict_vllm", "tests"))]
+    files = [path for folder in folders[1:] for path in folder.rglob("*.py")]
+    names = {path.name for path in files}
+    assert len(named) > 50
+    for name in named:
+        # A name without a folder follows another file of its folder.
+        found = any(any(folder.glob(name)) for folder in folders)
+        assert found or ("/" not in name and name in names), name
+
+
 def test_figures_are_those_that_the_code_draws(tmp_path: Path) -> None:
     script = DOCS / "site" / "figures.py"
     subprocess.run([sys.executable, script, "--output", tmp_path], check=True, cwd=ROOT)

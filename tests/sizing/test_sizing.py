@@ -94,3 +94,17 @@ def test_what_makes_no_plan_is_refused_with_one_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hashevict-vllm plan: error: ")
     assert sentence in line
+
+
+def test_without_a_home_directory_no_model_is_looked_for_in_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME", "HASHEVICT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["lama-3.1-8b", "--kv-budget", "1k", "--pool-gib", "8"])
+    assert "did you mean 'llama-3.1-8b'?" in capsys.readouterr().err

@@ -118,8 +118,8 @@ MUTATIONS = (
     Mutation(
         "reduction",
         "plan.py",
-        "compact = stop == boundary and slot + stop - position > budget",
-        "compact = stop == boundary and slot + stop - position >= budget",
+        "if stop == boundary and slot + stop - position > budget:",
+        "if stop == boundary and slot + stop - position >= budget:",
         PLAN,
     ),
     Mutation(
@@ -128,6 +128,20 @@ MUTATIONS = (
         "processed_computed_tokens < self._prompt_len[request_id]",
         "processed_computed_tokens < self._prompt_len[request_id] // 2",
         ("cache/test_memory.py", "-k", "contract and held"),
+    ),
+    Mutation(
+        "resumed prompt",
+        "cache/manager.py",
+        "self._prompt_len[request_id] = request.num_prompt_tokens",
+        "self._prompt_len[request_id] = request.num_tokens",
+        ("cache/test_prefix_caching.py", "-k", "resumed_request_asks"),
+    ),
+    Mutation(
+        "blocks zeroed",
+        "vllm_patches/block_zeroing.py",
+        "return stock(self) or shares_metadata(self.kv_cache_groups)",
+        "return stock(self)",
+        ("test_hybrid.py", "-k", "stale_bits or zeroed_only"),
     ),
     Mutation(
         "decay",

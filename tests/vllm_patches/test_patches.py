@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
@@ -20,8 +23,9 @@ from support.patched_vllm import (
     python_path,
 )
 
+from hashevict_vllm import plugin, vllm_patches
 from hashevict_vllm.vllm_patches import PATCHES as RUN_TIME_PATCHES
-from hashevict_vllm.vllm_patches import in_vllm
+from hashevict_vllm.vllm_patches import in_vllm, request_stats
 
 POLICY = {"budget": 201, "segment": 64}
 # Every one begins as the one before, so that prefix caching has work to do.
@@ -67,6 +71,26 @@ def test_diffs_carry_one_line_of_context(patch: Path) -> None:
 
 def test_stock_vllm_is_patched_at_run_time() -> None:
     assert in_vllm() == dict.fromkeys(RUN_TIME_PATCHES, False)
+
+
+@pytest.mark.parametrize("name", RUN_TIME_PATCHES)
+def test_every_function_that_wraps_one_of_vllms_is_in_its_place(name: str) -> None:
+    """Of two patches of one method neither may take the other's mark for its own.
+
+    What wraps ``stock`` is made in `apply` and kept by what it was put into alone.
+    """
+    plugin.register()
+    request_stats._note_progress()  # which the first logger does
+    module = importlib.import_module(f"{vllm_patches.__name__}.{name}")
+    alive = {f.__code__ for f in gc.get_objects() if isinstance(f, FunctionType)}
+    makers = [f for f in vars(module).values() if isinstance(f, FunctionType)]
+    wrappers = [
+        code
+        for maker in makers
+        for code in maker.__code__.co_consts
+        if isinstance(code, CodeType) and "stock" in code.co_freevars
+    ]
+    assert [code for code in wrappers if code not in alive] == []
 
 
 def test_patched_vllm_generates_the_same_tokens_without_run_time_patches(

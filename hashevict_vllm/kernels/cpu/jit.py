@@ -37,7 +37,7 @@ def _cache_root() -> Path:
     """``$NUMBA_CACHE_DIR``, or a folder in this package's cache.
 
     Raises:
-        RuntimeError: Where there is no home directory (`Path.expanduser`).
+        DownloadError: Where there is no home directory.
 
     """
     named = numba.config.CACHE_DIR
@@ -65,7 +65,7 @@ def _folder() -> Path | None:
         folder = _cache_root() / _sources_digest()
         jit_cache.claim(folder)
     except (OSError, RuntimeError) as error:
-        _warn_uncached(str(error))
+        _warn_uncached(str(error).rstrip("."))
         return None
     jit_cache.prune(folder.parent, keep=folder)
     return folder

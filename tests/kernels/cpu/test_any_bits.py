@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ def odd_rows(
 def run(rule: str, segment: int | str, dtype: torch.dtype, kind: str) -> None:
     """Positions are distinct, protected ones are there, nothing else was written."""
     policy = resolve({**RULES[rule], "budget": 80, "segment": segment, "recent": 10})
-    generator = torch.Generator().manual_seed(hash((rule, str(segment), kind)) % 2**31)
+    # Not by hash(), which differs from process to process for text.
+    seed = zlib.crc32(f"{rule} {segment} {dtype} {kind}".encode())
+    generator = torch.Generator().manual_seed(seed)
     totals = [prompt + OUTPUTS for prompt in PROMPTS]
     paged = PagedLayer(policy, list(PROMPTS), totals, HEADS, DIM, 32, dtype)
     streams = [
