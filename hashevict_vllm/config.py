@@ -153,8 +153,8 @@ class KVPolicyConfig:
             are at least 1 in sum; 0 for none.
         vote_every: With ``vote``: in decode, one token of so many votes; by default
             one of ``budget / 128``, at most 8.
-        decay: With ``vote``: factor on earlier votes at every vote in decode; by
-            default 0.85 per 8 tokens.
+        decay: With ``vote``: factor on earlier votes at every vote in decode; 0.95 by
+            default.
         allow_full: Let a request with ``kv_budget`` ``"full"`` keep all of its tokens,
             as in stock vLLM.
         inspect: Let whoever may send requests read, over HTTP, which tokens a live

@@ -22,11 +22,11 @@ def pace(
 ) -> tuple[int, float]:
     """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
 
-    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot.
-    Votes fade by 0.85 in 8 tokens, however many of those vote.
+    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot. Votes
+    fade by 0.95 at each, so that larger budgets remember for longer.
     """
     every = vote_every or min(8, max(1, budget // 128))
-    return every, 0.85 ** (every / 8) if decay is None else decay
+    return every, 0.95 if decay is None else decay
 
 
 @dataclass(frozen=True)

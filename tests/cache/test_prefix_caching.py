@@ -12,6 +12,7 @@ from support.engine import engine, greedy, runner_of, scheduler_of
 from support.models import random_prompt
 from support.oracle import Oracle, resolve
 
+from hashevict_vllm.kernels.codes import OCTAVES
 from hashevict_vllm.kernels.pages import view_pages
 from hashevict_vllm.policies import make_rule
 
@@ -209,7 +210,8 @@ def test_stale_bytes_in_recycled_blocks_change_nothing(llama: Path) -> None:
             pages.tail[idle] = -1
             # Votes of raw blocks are nobody's.
             raw = [i for i in cached if pool.blocks[i].block_hash_num_tokens]
-            pages.tail[raw, :, words - 1] = 0x7FC00000
+            octaves = pages.tail[raw, :, words - 1] & OCTAVES
+            pages.tail[raw, :, words - 1] = octaves | 0x7FC00000
         assert list(work(llm)) == expected
 
 

@@ -47,6 +47,7 @@ def policy_of(budget: int, segment: int, **changes: Any) -> ResolvedKVPolicy:
         seed=0,
         pool=3,
         value_weight=64.0,
+        value_votes=2.0,
         decay=0.9,
         **{**numbers, **changes},
     )
