@@ -176,7 +176,7 @@ class KVPolicyConfig:
     window: int = 16
     pool: int = 15
     value_weight: float = 128.0
-    value_votes: float = 3.0
+    value_votes: float = 1.0
     vote_every: int | None = None
     decay: float | None = None
     allow_full: bool = False

@@ -91,7 +91,7 @@ class _Layer:
     def estimate(self) -> Estimate:
         rule, dim = self.shape.rule, self.shape.head_dim
         projection = make_projection(dim, max(rule.bits, 1), 0, True)
-        numbers = (0.125, 0.02, 0.85, 1024.0, 3.0)
+        numbers = (0.125, 0.02, 0.95, 1024.0, 1.0)
         return Estimate.of(projection.to(self.device), *numbers)
 
 

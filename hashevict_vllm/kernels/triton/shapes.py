@@ -95,7 +95,7 @@ class Shape:
         )
         page = self._page()
         projection = torch.empty(self.head_dim, max(rule.bits, 1))
-        estimate = Estimate.of(projection, 0.1, 0.125, 0.85, 1024.0, 3.0)
+        estimate = Estimate.of(projection, 0.1, 0.125, 0.95, 1024.0, 1.0)
         table = torch.zeros(count, -(-self.bound // self.block_size)).int()
         pieces = torch.zeros(count, ops.NUM_COLUMNS).int()
         starts, lens, prompts, budgets, done, live, owner = (
