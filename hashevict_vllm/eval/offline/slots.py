@@ -54,7 +54,7 @@ class Slots:
             seen = stat.new_empty(len(k), 0, k.shape[1])
         rows = index[:, None].expand(-1, seen.shape[1], -1)
         fields = (k.gather(1, at), v.gather(1, at), index, stat.gather(1, index))
-        return cls(*(field[None] for field in fields), seen.gather(2, rows)[None])
+        return cls(*(field[None] for field in (*fields, seen.gather(2, rows))))
 
     @classmethod
     def joined(cls, every: list[Slots]) -> Slots:

@@ -102,8 +102,8 @@ def octave_of(x):
     square = np.float64(0)
     for d in range(len(x)):
         square += np.float64(x[d]) * np.float64(x[d])
-    exponent = (np.float32(square).view(np.int32) >> 23 & 255) - 127
-    return np.int32(min(max(exponent - LOWEST_OCTAVE, 0), OCTAVES))
+    exponent = np.int64(np.float32(square).view(np.int32) >> 23 & 255) - 127
+    return np.int32(min(max(exponent - LOWEST_OCTAVE, np.int64(0)), np.int64(OCTAVES)))
 
 
 @njit(fastmath={"contract", "reassoc"})
