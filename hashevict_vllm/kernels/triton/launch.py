@@ -95,8 +95,12 @@ def scan_options(budget: int) -> dict[str, int]:
 
 
 def vote_tile(group: int, bound: int) -> int:
-    """Slots per step where every slot is met by a group of queries."""
-    return min(scan_tile(bound), max(VOTE_ELEMENTS // padded(group), 32))
+    """Slots per step where every slot is met by a group of queries.
+
+    Half as many for more than eight queries: on sm_80 a register would be spilled.
+    """
+    elements = VOTE_ELEMENTS if group <= 8 else VOTE_ELEMENTS // 2
+    return min(scan_tile(bound), max(elements // padded(group), 32))
 
 
 def value_tile(head_dim: int) -> int:
