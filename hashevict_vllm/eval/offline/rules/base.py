@@ -48,7 +48,11 @@ class Rule(ABC):
         """What of a prompt is kept at its end, R = 1; all of it if it fits."""
         stat, score = self.judge(prompt)
         index = top(score, min(self.budget, len(prompt)))
-        return Slots.chosen(prompt.k, prompt.v, index, stat)
+        return Slots.chosen(prompt.k, prompt.v, index, stat, self.seen(prompt))
+
+    def seen(self, prompt: PromptLayer) -> torch.Tensor | None:
+        """Attention that `Slots` keep: float32 [Hkv, w, T]; None for w = 0."""
+        return None
 
     @abstractmethod
     def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:

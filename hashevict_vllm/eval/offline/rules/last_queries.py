@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import max_pool1d
 
 from hashevict_vllm.eval.offline.model import PromptLayer
-from hashevict_vllm.eval.offline.rules.base import Rule, top
+from hashevict_vllm.eval.offline.rules.base import Rule
 from hashevict_vllm.eval.offline.slots import Slots, Step
 
 WINDOW = 8
@@ -31,15 +31,16 @@ class LastQueries(Rule):
         """The tokens of the queries that are asked."""
         return WINDOW
 
-    def keep(self, prompt: PromptLayer) -> Slots:
-        """See `Rule.keep`; with what the last queries saw of it."""
-        stat, score = self.judge(prompt)
-        index = top(score, min(self.budget, len(prompt)))
-        return Slots.chosen(prompt.k, prompt.v, index, stat, _last(prompt))
+    def seen(self, prompt: PromptLayer) -> torch.Tensor:
+        """See `Rule.seen`; the same for every budget."""
+        if "last queries" not in prompt.memo:
+            last = prompt.attention(min(WINDOW, len(prompt)))
+            prompt.memo["last queries"] = last.amax(1)
+        return prompt.memo["last queries"]
 
     def judge(self, prompt: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Rule.judge`."""
-        stat = self.merit(_last(prompt), prompt.k)
+        stat = self.merit(self.seen(prompt), prompt.k)
         score = stat.clone()
         score[:, max(0, len(prompt) - WINDOW) :] = float("inf")
         return stat, score
@@ -72,8 +73,3 @@ def importance(seen: torch.Tensor) -> torch.Tensor:
     mean = seen.mean(-2)
     pooled = max_pool1d(mean.flatten(0, -2), KERNEL, stride=1, padding=KERNEL // 2)
     return pooled.view_as(mean)
-
-
-def _last(prompt: PromptLayer) -> torch.Tensor:
-    """Attention by the last queries of a prompt, float32 [Hkv, w, T]."""
-    return prompt.attention(min(WINDOW, len(prompt))).amax(1)
