@@ -150,11 +150,11 @@ class KVPolicyConfig:
             the others counts beside votes; 0 counts votes alone.
         value_votes: With ``vote``: in decode, votes that every ballot spreads over the
             slots by the squared norm of their values, beside those of the query, which
-            are at least 1 in sum; 0 for none.
+            are at least 1 in sum; 0 for none. By default ``(320 / budget) ** 1.5``, at
+            most 3.
         vote_every: With ``vote``: in decode, one token of so many votes; by default
             one of ``budget / 128``, at most 8.
-        decay: With ``vote``: factor on earlier votes at every vote in decode; 0.95 by
-            default.
+        decay: With ``vote``: factor on earlier votes at every vote in decode.
         allow_full: Let a request with ``kv_budget`` ``"full"`` keep all of its tokens,
             as in stock vLLM.
         inspect: Let whoever may send requests read, over HTTP, which tokens a live
@@ -176,9 +176,9 @@ class KVPolicyConfig:
     window: int = 16
     pool: int = 15
     value_weight: float = 128.0
-    value_votes: float = 1.0
+    value_votes: float | None = None
     vote_every: int | None = None
-    decay: float | None = None
+    decay: float = 0.95
     allow_full: bool = False
     inspect: bool = False
 
@@ -296,13 +296,13 @@ class KVPolicyConfig:
             window=as_int(flag("window"), self.window, 1, MAX_VOTES),
             pool=as_int(flag("pool"), self.pool, 1, MAX_VOTES),
             value_weight=as_number(flag("value_weight"), self.value_weight, MAX_WEIGHT),
-            value_votes=as_number(flag("value_votes"), self.value_votes, MAX_WEIGHT),
+            value_votes=None
+            if self.value_votes is None
+            else as_number(flag("value_votes"), self.value_votes, MAX_WEIGHT),
             vote_every=None
             if self.vote_every is None
             else as_int(flag("vote_every"), self.vote_every, 1, MAX_VOTES),
-            decay=None
-            if self.decay is None
-            else as_number(flag("decay"), self.decay, 1, positive=True),
+            decay=as_number(flag("decay"), self.decay, 1, positive=True),
         )
 
     def sizes(self, max_model_len: int, block_size: int) -> dict[str, int]:
@@ -344,8 +344,8 @@ class KVPolicyConfig:
                 f"({self.sinks} + {recent} + {block_size} = {floor}); use more"
                 + (", or smaller blocks: --block-size 32." if block_size > 32 else "."),
             )
-        vote_every, decay = pace(
-            min(budget, max_model_len), self.vote_every, self.decay
+        vote_every, value_votes = pace(
+            min(budget, max_model_len), self.vote_every, self.value_votes
         )
         if self.scoring == "vote" and recent < vote_every:
             raise fail(
@@ -371,9 +371,9 @@ class KVPolicyConfig:
             window=self.window,
             pool=self.pool,
             value_weight=self.value_weight,
-            value_votes=self.value_votes,
+            value_votes=value_votes,
             vote_every=vote_every,
-            decay=decay,
+            decay=self.decay,
             recent_percent=percent_of(self.recent),
             allow_full=self.allow_full,
         )

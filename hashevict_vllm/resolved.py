@@ -18,15 +18,17 @@ def share_of(whole: int, percent: float) -> int:
 
 
 def pace(
-    budget: int, vote_every: int | None = None, decay: float | None = None
+    budget: int, vote_every: int | None = None, value_votes: float | None = None
 ) -> tuple[int, float]:
-    """``vote_every`` and ``decay`` at a budget in tokens (docs/quality-rule.md).
+    """``vote_every`` and ``value_votes`` at a budget in tokens (docs/quality-rule.md).
 
-    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot. Votes
-    fade by 0.95 at each, so that larger budgets remember for longer.
+    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot. Small
+    budgets lose what is needed once and late, large ones what is asked for now.
     """
     every = vote_every or min(8, max(1, budget // 128))
-    return every, 0.95 if decay is None else decay
+    if value_votes is None:
+        value_votes = min(3.0, (320 / budget) ** 1.5)
+    return every, value_votes
 
 
 @dataclass(frozen=True)

@@ -159,22 +159,24 @@ def test_a_token_must_stay_until_a_query_has_voted_on_it():
 
 
 @pytest.mark.parametrize(
-    ("budget", "options", "every", "decay"),
+    ("budget", "options", "every", "votes"),
     [
-        (4096, {}, 8, 0.95),
-        (1024, {}, 8, 0.95),
-        (512, {}, 4, 0.95),
-        (100, {}, 1, 0.95),
-        (100, {"vote_every": 8}, 8, 0.95),
-        (4096, {"decay": 0.5}, 8, 0.5),
+        (4096, {}, 8, 0.022),
+        (1024, {}, 8, 0.175),
+        (512, {}, 4, 0.494),
+        (307, {}, 2, 1.064),
+        (100, {}, 1, 3.0),
+        (100, {"vote_every": 8}, 8, 3.0),
+        (100, {"value_votes": 0}, 1, 0.0),
+        (4096, {"value_votes": 2}, 8, 2.0),
     ],
 )
-def test_small_budgets_vote_more_often_and_forget_sooner(
-    budget: int, options: dict[str, Any], every: int, decay: float
+def test_small_budgets_vote_more_often_and_more_for_large_values(
+    budget: int, options: dict[str, Any], every: int, votes: float
 ) -> None:
     resolved = policy(budget=budget, **options).resolve(8192, 32)
     assert resolved.vote_every == every
-    assert resolved.decay == decay
+    assert resolved.value_votes == pytest.approx(votes, abs=5e-4)
 
 
 def test_options_that_are_not_a_dict_are_refused():

@@ -95,8 +95,8 @@ class Policy:
         options = dataclasses.asdict(config)
         del options["preset"]  # what it sets is there
         if budget is not None:  # what is by default depends on it
-            asked = (options["vote_every"], options["decay"])
-            options["vote_every"], options["decay"] = pace(budget, *asked)
+            asked = (options["vote_every"], options["value_votes"])
+            options["vote_every"], options["value_votes"] = pace(budget, *asked)
         return options
 
 

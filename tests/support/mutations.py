@@ -150,6 +150,13 @@ MUTATIONS = (
         "slots.votes.mul_(self.policy.decay**2)",
         kernels("oracle_for_votes and float32 and 64"),
     ),
+    Mutation(
+        "votes for values",
+        "policies/value.py",
+        "return size * (votes / size.sum(1, keepdim=True))",
+        "return size * (votes / size.amax(1, keepdim=True))",
+        kernels("oracle_for_votes and float32 and 64"),
+    ),
 )
 
 
