@@ -126,5 +126,6 @@ def test_the_engine_equals_the_oracle(
     prompts = [random_prompt(length, seed) for length, seed in seeds]
     policy = resolve(case.policy, case.block_size)
     expected = [oracle.greedy(prompt, policy) for prompt in prompts]
-    with engine(model, case.policy, block_size=case.block_size) as llm:
+    options = {"block_size": case.block_size, "max_num_seqs": len(prompts)}
+    with engine(model, case.policy, **options) as llm:
         assert greedy(llm, prompts) == expected
