@@ -26,7 +26,7 @@ def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """SmolLM2-135M-Instruct with a budget of `BUDGET` tokens and a pool of 1 GiB."""
     flags = ["--kv-policy", "hashevict", "--kv-budget", str(BUDGET)]
     flags += ["--kv-policy-config.inspect", "true", "--api-key", KEY]
-    flags += ["--served-model-name", MODEL, "--dtype", "bfloat16"]
+    flags += ["--served-model-name", MODEL, "--dtype", "float32"]
     flags += ["--max-model-len", "8192", "--enforce-eager"]
     flags += ["--enable-prompt-tokens-details"]
     flags += ["--kv-policy-config.allow_full", "true"]

@@ -19,7 +19,7 @@ def test_patched_vllm_serves_with_the_options_and_the_log(
     env = {"PYTHONPATH": python_path(make_copy(tmp_path / "copy"))}
     flags = ["--kv-policy", "hashevict", "--kv-budget", "512"]
     flags += ["--served-model-name", MODEL, "--enforce-eager"]
-    flags += ["--max-model-len", "4096", "--dtype", "bfloat16"]
+    flags += ["--max-model-len", "4096", "--dtype", "float32"]
     with serve(smollm, *flags, log_path=tmp_path / "log", env=env) as patched:
         answer = patched.chat(MODEL, "What is the capital of France?")
         assert "Paris" in answer
