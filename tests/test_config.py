@@ -179,6 +179,12 @@ def test_small_budgets_vote_more_often_and_more_for_large_values(
     assert resolved.value_votes == pytest.approx(votes, abs=5e-4)
 
 
+@pytest.mark.parametrize("budget", [100, 512, 1024, 4096])
+def test_votes_fade_alike_at_every_budget(budget: int) -> None:
+    assert policy(budget=budget).resolve(8192, 32).decay == 0.95
+    assert policy(budget=budget, decay=0.5).resolve(8192, 32).decay == 0.5
+
+
 def test_options_that_are_not_a_dict_are_refused():
     assert "expected a dict" in message_of("hashevict")
 
