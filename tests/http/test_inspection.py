@@ -98,7 +98,8 @@ def test_without_the_key_there_is_nothing_to_see(server: Server, path: str) -> N
 def test_a_live_requests_retention_is_read_and_a_finished_ones_is_not(
     api: httpx.Client, server: Server, client: Any
 ) -> None:
-    chunks = stream(client, FACTS)
+    # Longer than any machine takes for the reads; it is closed when they are done.
+    chunks = stream(client, FACTS, 6000)
     request_id = next(chunks).id
     found = retention(api, request_id, columns=10_000, include=["bitmap", "slots"])
     found = found.json()

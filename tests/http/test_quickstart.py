@@ -1,4 +1,7 @@
-"""Every block of docs/quickstart.md, run as it stands there but for the port."""
+"""Every block of docs/quickstart.md, run as it stands there but for the port.
+
+And with ``--dtype float32`` where the page advises it.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     env = {**server_env(), "HASHEVICT_VENV": str(environment), "PYTHONPATH": str(ROOT)}
     log_path = tmp_path_factory.mktemp("quickstart") / "log"
     command = [*server_command(), "--host", "127.0.0.1", "--port", str(port)]
+    if "avx512" not in Path("/proc/cpuinfo").read_text():
+        command += ["--dtype", "float32"]
     with run(command, port, log_path, env) as running:
         yield running
 

@@ -85,9 +85,19 @@ class Server(bench.Server):
 
 
 def server_env() -> dict[str, str]:
-    """The environment without what tests/conftest.py sets for in-process engines."""
+    """The environment without what tests/conftest.py sets for in-process engines.
+
+    VLLM's engine waits for its worker in a loop of ``sched_yield``, beside which some
+    kernels leave a client without a core until the engine is idle; with
+    ``VLLM_USE_SPINLOOP_EXT`` it yields ten times a second.
+    """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-    return {**clean, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    ours = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_USE_SPINLOOP_EXT": "1",
+    }
+    return {**clean, **ours}
 
 
 @contextlib.contextmanager
