@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from hashevict_vllm.resolved import ResolvedKVPolicy, pace
+from hashevict_vllm.resolved import (
+    ResolvedKVPolicy,
+    default_value_votes,
+    default_vote_every,
+)
 from hashevict_vllm.values import (
     KVPolicyError,
     as_int,
@@ -344,9 +348,11 @@ class KVPolicyConfig:
                 f"({self.sinks} + {recent} + {block_size} = {floor}); use more"
                 + (", or smaller blocks: --block-size 32." if block_size > 32 else "."),
             )
-        vote_every, value_votes = pace(
-            min(budget, max_model_len), self.vote_every, self.value_votes
-        )
+        held = min(budget, max_model_len)
+        vote_every = self.vote_every or default_vote_every(held)
+        value_votes = self.value_votes
+        if value_votes is None:
+            value_votes = default_value_votes(held)
         if self.scoring == "vote" and recent < vote_every:
             raise fail(
                 option_flag("recent"),

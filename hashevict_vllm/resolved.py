@@ -17,18 +17,20 @@ def share_of(whole: int, percent: float) -> int:
     return int(whole * percent / 100)
 
 
-def pace(
-    budget: int, vote_every: int | None = None, value_votes: float | None = None
-) -> tuple[int, float]:
-    """``vote_every`` and ``value_votes`` at a budget in tokens (docs/quality-rule.md).
+def default_vote_every(budget: int) -> int:
+    """``vote_every`` at a budget in tokens (docs/quality-rule.md).
 
-    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot. Small
-    budgets lose what is needed once and late, large ones what is asked for now.
+    Up to 1,024 slots a token's share of the ballots is 128 slots or one ballot.
     """
-    every = vote_every or min(8, max(1, budget // 128))
-    if value_votes is None:
-        value_votes = min(3.0, (320 / budget) ** 1.5)
-    return every, value_votes
+    return min(8, max(1, budget // 128))
+
+
+def default_value_votes(budget: int) -> float:
+    """``value_votes`` at a budget in tokens (docs/quality-rule.md).
+
+    Small budgets lose what is needed once and late, large ones what is asked for now.
+    """
+    return min(3.0, (320 / budget) ** 1.5)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hashevict_vllm.config import (
     KVPolicyConfig,
     KVPolicyError,
 )
-from hashevict_vllm.resolved import pace
+from hashevict_vllm.resolved import default_value_votes, default_vote_every
 
 FULL = "full"
 
@@ -95,8 +95,9 @@ class Policy:
         options = dataclasses.asdict(config)
         del options["preset"]  # what it sets is there
         if budget is not None:  # what is by default depends on it
-            asked = (options["vote_every"], options["value_votes"])
-            options["vote_every"], options["value_votes"] = pace(budget, *asked)
+            options["vote_every"] = config.vote_every or default_vote_every(budget)
+            if config.value_votes is None:
+                options["value_votes"] = default_value_votes(budget)
         return options
 
 

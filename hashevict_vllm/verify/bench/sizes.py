@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hashevict_vllm.resolved import pace
+from hashevict_vllm.resolved import default_vote_every
 from hashevict_vllm.sizing.presets import PRESETS
 
 LLAMA_8B = PRESETS["llama-3.1-8b"]
@@ -67,7 +67,7 @@ class Sizes:
 
     def every(self, budget: int) -> int:
         """One token of so many votes, at a budget."""
-        return pace(budget, self.policy.get("vote_every"))[0]
+        return self.policy.get("vote_every") or default_vote_every(budget)
 
     @property
     def chunk(self) -> int:
