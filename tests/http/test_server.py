@@ -240,8 +240,21 @@ BAD_BUDGETS = {
 
 def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, client):
     prompt = "Once upon a time"
-    neighbour = complete(client, prompt, 128, stream=True)
-    text = next(neighbour).choices[0].text
+    alone = complete(client, prompt, 128).choices[0].text
+    # A busy machine may leave this process without a core until the neighbour ends.
+    for _ in range(3):
+        neighbour = complete(client, prompt, 128, stream=True)
+        text = next(neighbour).choices[0].text
+        send_wrong_requests(server, client)
+        still_running = server.metric("num_requests_running")
+        text += "".join(chunk.choices[0].text for chunk in neighbour)
+        assert text == alone
+        if still_running:
+            break
+    assert still_running == 1
+
+
+def send_wrong_requests(server, client):
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="nobody", prompt="Hello")
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
@@ -262,8 +275,6 @@ def test_wrong_requests_get_a_4xx_and_leave_their_neighbour_unharmed(server, cli
     )
     assert broken.status_code == 400
     assert "JSON" in broken.json()["error"]["message"]
-    text += "".join(chunk.choices[0].text for chunk in neighbour)
-    assert text == complete(client, prompt, 128).choices[0].text
 
 
 # -- load ------------------------------------------------------------------------
