@@ -95,11 +95,10 @@ def test_without_the_key_there_is_nothing_to_see(server: Server, path: str) -> N
     assert httpx.get(f"{server.url}/v1/kv_policy{path}").status_code == 401
 
 
-def test_a_live_requests_retention_is_read_and_a_finished_ones_is_not(
+def test_a_live_requests_retention_tells_what_every_head_keeps(
     api: httpx.Client, server: Server, client: Any
 ) -> None:
-    # Longer than any machine takes for the reads; it is closed when they are done.
-    chunks = stream(client, FACTS, 6000)
+    chunks = stream(client, FACTS)
     request_id = next(chunks).id
     found = retention(api, request_id, columns=10_000, include=["bitmap", "slots"])
     found = found.json()
@@ -115,17 +114,32 @@ def test_a_live_requests_retention_is_read_and_a_finished_ones_is_not(
         assert mask.sum(0).tolist() == held
         assert held[:4] == [HEADS] * 4  # sinks
     assert all(slots["votes"] for slots in found["slots"])
-
-    later = retention(api, request_id, layers="3,7-8", start=5, columns=100).json()
-    assert later["layers"] == [3, 7, 8]
-    assert later["tokens"] > found["tokens"]
-    assert len(later["held"][0]) <= 100
-    assert later["slots"] is later["bitmaps"] is None
     chunks.close()
     server.wait_until_idle()
-    gone = retention(api, request_id)
-    assert gone.status_code == 404
-    assert "has finished" in gone.json()["error"]["message"]
+
+
+def test_a_live_requests_retention_is_read_again_and_a_finished_ones_is_not(
+    api: httpx.Client, server: Server, client: Any
+) -> None:
+    # Small reads: a busy machine may leave a client that computes without a core until
+    # its stream has ended. Another stream is asked then, at most twice.
+    for _ in range(3):
+        chunks = stream(client, FACTS)
+        request_id = next(chunks).id
+        first = retention(api, request_id, layers="0", columns=1)
+        second = retention(api, request_id, layers="3,7-8", start=5, columns=100)
+        chunks.close()
+        server.wait_until_idle()
+        gone = retention(api, request_id)
+        assert gone.status_code == 404
+        assert "has finished" in gone.json()["error"]["message"]
+        if second.status_code == httpx.codes.OK:
+            break
+    later = second.json()
+    assert later["layers"] == [3, 7, 8]
+    assert later["tokens"] > first.json()["tokens"] > BUDGET + 100
+    assert len(later["held"][0]) <= 100
+    assert later["slots"] is later["bitmaps"] is None
 
 
 def test_ids_lead_to_their_own_request_alone(
