@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -39,7 +41,8 @@ def retention(api: httpx.Client, request_id: str, **query: Any) -> httpx.Respons
     raise AssertionError("only 429")
 
 
-def stream(client: Any, prompt: Any, tokens: int = 400, **options: Any) -> Any:
+def stream(client: Any, prompt: Any, **options: Any) -> Any:
+    tokens = 400
     extra = {"ignore_eos": True, "min_tokens": tokens}
     return client.completions.create(
         model=MODEL,
@@ -49,6 +52,15 @@ def stream(client: Any, prompt: Any, tokens: int = 400, **options: Any) -> Any:
         extra_body=extra,
         **{"temperature": 0, **options},
     )
+
+
+@contextlib.contextmanager
+def live(server: Server, client: Any, prompt: str) -> Iterator[str]:
+    """Id of a request that runs until the block ends."""
+    chunks = stream(client, prompt)
+    yield next(chunks).id
+    chunks.close()
+    server.wait_until_idle()
 
 
 def test_the_policy_and_what_it_buys_are_told(api: httpx.Client) -> None:
@@ -98,9 +110,8 @@ def test_without_the_key_there_is_nothing_to_see(server: Server, path: str) -> N
 def test_a_live_requests_retention_tells_what_every_head_keeps(
     api: httpx.Client, server: Server, client: Any
 ) -> None:
-    chunks = stream(client, FACTS)
-    request_id = next(chunks).id
-    found = retention(api, request_id, columns=10_000, include=["bitmap", "slots"])
+    with live(server, client, FACTS) as request_id:
+        found = retention(api, request_id, columns=10_000, include=["bitmap", "slots"])
     found = found.json()
     assert found["budget"] == found["live_slots"] == BUDGET
     assert found["tokens"] >= found["prompt_tokens"] > BUDGET + 100
@@ -114,8 +125,6 @@ def test_a_live_requests_retention_tells_what_every_head_keeps(
         assert mask.sum(0).tolist() == held
         assert held[:4] == [HEADS] * 4  # sinks
     assert all(slots["votes"] for slots in found["slots"])
-    chunks.close()
-    server.wait_until_idle()
 
 
 def test_a_live_requests_retention_is_read_again_and_a_finished_ones_is_not(
@@ -124,12 +133,9 @@ def test_a_live_requests_retention_is_read_again_and_a_finished_ones_is_not(
     # Small reads: a busy machine may leave a client that computes without a core until
     # its stream has ended. Another stream is asked then, at most twice.
     for _ in range(3):
-        chunks = stream(client, FACTS)
-        request_id = next(chunks).id
-        first = retention(api, request_id, layers="0", columns=1)
-        second = retention(api, request_id, layers="3,7-8", start=5, columns=100)
-        chunks.close()
-        server.wait_until_idle()
+        with live(server, client, FACTS) as request_id:
+            first = retention(api, request_id, layers="0", columns=1)
+            second = retention(api, request_id, layers="3,7-8", start=5, columns=100)
         gone = retention(api, request_id)
         assert gone.status_code == 404
         assert "has finished" in gone.json()["error"]["message"]
@@ -173,17 +179,21 @@ def test_ids_lead_to_their_own_request_alone(
 def test_questions_that_make_no_sense_or_come_too_often_are_refused(
     api: httpx.Client, server: Server, client: Any
 ) -> None:
-    chunks = stream(client, "Once upon a time")
-    request_id = next(chunks).id
-    path = f"/v1/kv_policy/requests/{request_id}/retention"
-    for query in ({"columns": 0}, {"start": -1}, {"layers": "a"}, {"include": "keys"}):
-        answer = api.get(path, params=query)
-        assert answer.status_code == 400, query
-        assert next(iter(query)) in answer.json()["error"]["message"]
-    assert retention(api, request_id).status_code == 200
-    early = api.get(path)
-    assert early.status_code == 429
-    assert early.headers["Retry-After"] == "1"
-    assert early.json()["error"]["message"].startswith("Retention is read elsewhere")
-    chunks.close()
-    server.wait_until_idle()
+    with live(server, client, "Once upon a time") as request_id:
+        path = f"/v1/kv_policy/requests/{request_id}/retention"
+        for query in (
+            {"columns": 0},
+            {"start": -1},
+            {"layers": "a"},
+            {"include": "keys"},
+        ):
+            answer = api.get(path, params=query)
+            assert answer.status_code == 400, query
+            assert next(iter(query)) in answer.json()["error"]["message"]
+        assert retention(api, request_id).status_code == 200
+        early = api.get(path)
+        assert early.status_code == 429
+        assert early.headers["Retry-After"] == "1"
+        assert early.json()["error"]["message"].startswith(
+            "Retention is read elsewhere"
+        )

@@ -87,9 +87,9 @@ class Server(bench.Server):
 def server_env() -> dict[str, str]:
     """The environment without what tests/conftest.py sets for in-process engines.
 
-    VLLM's engine waits for its worker in a loop of ``sched_yield``, beside which some
-    kernels leave a client without a core until the engine is idle; with
-    ``VLLM_USE_SPINLOOP_EXT`` it yields ten times a second.
+    VLLM's engine waits for its worker in a loop of ``sched_yield``; with
+    ``VLLM_USE_SPINLOOP_EXT`` it yields ten times a second. Clients have been left
+    without a core beside either.
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     ours = {
