@@ -1,8 +1,10 @@
 """Instructions given first: three rules in a system prompt, obeyed after a long talk.
 
 The rules concern the last question alone and name words that occur nowhere else, so
-that nothing but the beginning of the prompt says how to reply. The talk between is
-questions on SQuAD's paragraphs with their gold answers, as long as fits.
+that nothing but the beginning of the prompt says how to reply. They stand in one
+sentence: a numbered list of them no model here obeys, not even with a full cache.
+The talk between is questions on SQuAD's paragraphs with their gold answers, as long
+as fits.
 
 ``instructions/own``: the full cache's own reply, forced. ``instructions/obeyed``: the
 share of the rules that the policy's own reply obeys, checked by code.
@@ -26,11 +28,10 @@ from hashevict_vllm.eval.tasks.base import (
 
 REPLY_TOKENS = 64
 SYSTEM = (
-    "You are a helpful assistant. When the user says FINAL, three rules hold for your "
-    "reply. 1. Its first word is {first}. 2. It calls the user {name}. 3. Its last "
-    "word is {last}. All other questions are answered as usual, in one sentence."
+    "You are a helpful assistant. When the user says FINAL, begin your reply with the "
+    "word {first}, call the user {name}, and end with the word {last}."
 )
-FINAL = "FINAL: thank me for this conversation, in one or two sentences."
+FINAL = "FINAL: thank me for this conversation."
 
 
 def samples(n: int, length: int, seed: int, tokenizer: Tokenizer) -> list[Sample]:
