@@ -13,7 +13,7 @@ AHEAD = 1
 """Of the pooled positions, how many lie before the attended slot; the rest follow it:
 a query finds the words that it knows, and the answer stands behind them."""
 
-NEIGHBOURS = 0.125
+NEIGHBOURS = 0.5
 """Share of its merit that a slot has in votes at least after a selection.
 
 What was kept for its neighbours would else be the first to go in decode; with all of

@@ -72,7 +72,7 @@ def test_a_ballot_fades_earlier_votes_and_spreads_votes_over_the_others(
         torch.testing.assert_close(cast.sum(), total, atol=1e-4, rtol=0)
 
 
-def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_an_eighth() -> None:
+def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_half_of_them() -> None:
     def votes_by_position(layer: ReferenceLayer, head: int) -> dict[int, float]:
         slots = layer.slots
         pairs = zip(
