@@ -264,6 +264,19 @@ def test_turns_of_a_chat_read_the_same_text_and_the_whole_history(
     assert turns[2].startswith(turns[1])
 
 
+def test_a_chat_whose_paragraphs_are_too_long_is_drawn_anew(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, documents = data.squad()
+    long = [text * 40 if i % 5 == 0 else text for i, text in enumerate(documents)]
+    monkeypatch.setattr(data, "squad", lambda: (questions, long))
+    samples = TASKS["chats/own"].samples(60, 600, 0, tokenizer)
+    assert all(sample.length <= 600 for sample in samples)
+    monkeypatch.setattr("hashevict_vllm.eval.tasks.chats.DRAWS", 0)
+    with pytest.raises(ValueError, match="too short"):
+        TASKS["chats/own"].samples(60, 600, 0, tokenizer)
+
+
 def test_every_recipe_names_tasks_that_there_are() -> None:
     for recipe in RECIPES.values():
         for name in recipe.tasks:

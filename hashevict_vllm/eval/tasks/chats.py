@@ -11,6 +11,9 @@ answer occurs in the policy's own reply.
 
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass
+
 from hashevict_vllm.eval import data
 from hashevict_vllm.eval.tasks.base import (
     Output,
@@ -28,6 +31,8 @@ from hashevict_vllm.eval.tasks.retrieval import string_match
 
 TURNS = 3
 REPLY_TOKENS = 64
+DRAWS = 50
+"""How often a chat is drawn anew because its three paragraphs do not fit."""
 ASK = "{text}\n\n{query} Answer in one sentence."
 
 
@@ -36,29 +41,21 @@ def samples(n: int, length: int, seed: int, tokenizer: Tokenizer) -> list[Sample
     return [_sample(index, length, seed, tokenizer) for index in range(n)]
 
 
-def _sample(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample:
-    chat, turn = divmod(index, TURNS)
-    by_subject: dict[int, list[data.Question]] = {}
-    questions, documents = data.squad()
-    for question in questions:
-        by_subject.setdefault(min({*question.gold, *question.related}), []).append(
-            question
-        )
-    subjects = [found for found in by_subject.values() if _paragraphs(found) >= TURNS]
-    rng = rng_of("chats", length, seed, chat)
-    asked = rng.choice(subjects).copy()
-    rng.shuffle(asked)
-    one_each = list({question.gold[0]: question for question in asked}.values())
-    three = one_each[:TURNS]
-    related = [i for i in three[0].related if i not in {q.gold[0] for q in three}]
-    rng.shuffle(related)
-    made: dict[int, Sample] = {}
+@dataclass(frozen=True)
+class _Chat:
+    """Three questions of one article, a paragraph each, and its other paragraphs."""
 
-    def prompt_of(size: int, turns: int) -> list[int]:
-        shown = sorted({q.gold[0] for q in three} | set(related[: size - TURNS]))
+    three: list[data.Question]
+    related: list[int]
+
+    def prompt(self, size: int, turns: int, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of a text of `size` paragraphs and of the talk up to a turn."""
+        documents = data.squad()[1]
+        others = self.related[: size - TURNS]
+        shown = sorted({q.gold[0] for q in self.three} | set(others))
         text = "\n\n".join(documents[i] for i in shown)
         messages = []
-        for place, question in enumerate(three[: turns + 1]):
+        for place, question in enumerate(self.three[: turns + 1]):
             shape = ASK if place == 0 else ASK.removeprefix("{text}\n\n")
             said = shape.format(text=text, query=question.query)
             messages.append({"role": "user", "content": said})
@@ -67,14 +64,41 @@ def _sample(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample:
                 messages.append({"role": "assistant", "content": reply})
         return encode_prompt(tokenizer, conversation(tokenizer, messages))
 
-    def fits(size: int) -> bool:
-        prompt, opening = split_opening(prompt_of(size, turn), [])
-        answers = three[turn].answers
-        made[size] = Sample(index, prompt, opening, free=REPLY_TOKENS, answers=answers)
-        # The same text in all turns: what fits is asked of the last.
-        return len(prompt_of(size, TURNS - 1)) + REPLY_TOKENS <= length
 
-    return made[largest(TURNS, TURNS + len(related), fits)]
+def _sample(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample:
+    number, turn = divmod(index, TURNS)
+    rng = rng_of("chats", length, seed, number)
+    chat = _draw(rng)
+
+    def fits(size: int) -> bool:
+        # The same text in all turns: what fits is asked of the last.
+        prompt = chat.prompt(size, TURNS - 1, tokenizer)
+        return len(prompt) + REPLY_TOKENS <= length
+
+    for _ in range(DRAWS):
+        if fits(TURNS):
+            break
+        chat = _draw(rng)
+    size = largest(TURNS, TURNS + len(chat.related), fits)
+    prompt, opening = split_opening(chat.prompt(size, turn, tokenizer), [])
+    answers = chat.three[turn].answers
+    return Sample(index, prompt, opening, free=REPLY_TOKENS, answers=answers)
+
+
+def _draw(rng: random.Random) -> _Chat:
+    by_subject: dict[int, list[data.Question]] = {}
+    for question in data.squad()[0]:
+        by_subject.setdefault(min({*question.gold, *question.related}), []).append(
+            question
+        )
+    subjects = [found for found in by_subject.values() if _paragraphs(found) >= TURNS]
+    asked = rng.choice(subjects).copy()
+    rng.shuffle(asked)
+    one_each = list({question.gold[0]: question for question in asked}.values())
+    three = one_each[:TURNS]
+    related = [i for i in three[0].related if i not in {q.gold[0] for q in three}]
+    rng.shuffle(related)
+    return _Chat(three, related)
 
 
 def _paragraphs(questions: list[data.Question]) -> int:
