@@ -22,6 +22,7 @@ KEY_FIELDS = (
     "length",
     "seed",
     "index",
+    "version",
 )
 """What a sample's result depends on; a record with the same values is not run again."""
 
@@ -68,16 +69,18 @@ class Store:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Records fit for one report: of the last model, dtype and options per label.
+    """Records fit for one report: of the last model, dtype, options per label and task.
 
-    A policy's label keeps its name when its defaults change; its old results stay in
-    the file and out of the report.
+    A policy's label keeps its name when its defaults change, and a task when its
+    prompts do; old results stay in the file and out of the report.
     """
     records = list(records)
     if not records:
         return []
     model = [records[-1][name] for name in ("model", "dtype")]
     records = [r for r in records if [r["model"], r["dtype"]] == model]
+    version = {r["task"]: r.get("version") for r in records}
+    records = [r for r in records if r.get("version") == version[r["task"]]]
     options = {(r["policy"], r["budget"]): _rule_of(r) for r in records}
     return [r for r in records if _rule_of(r) == options[r["policy"], r["budget"]]]
 

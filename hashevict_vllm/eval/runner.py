@@ -120,6 +120,7 @@ class Runner:
             "length": cell.length,
             "seed": self.seed,
             "index": index,
+            "version": self.tasks[cell.task].version,
         }
 
     def _prepared(self, cell: Cell, key: Record, sample: Sample) -> Sample:

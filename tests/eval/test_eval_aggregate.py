@@ -8,13 +8,13 @@ import pytest
 
 from hashevict_vllm.eval.aggregate import aggregate
 from hashevict_vllm.eval.compare import compare
-from hashevict_vllm.eval.records import KEY_FIELDS, latest
+from hashevict_vllm.eval.records import KEY_FIELDS, key_of, latest
 from hashevict_vllm.eval.tasks.base import Task
 
 
 def _record(policy: str, task: str, index: int, score: float, nll: float) -> dict:
     budget = None if policy == "full" else 2
-    values = ["m", "auto", {"name": policy}, None, budget, task, 4, 0, index]
+    values = ["m", "auto", {"name": policy}, None, budget, task, 4, 0, index, None]
     return {
         **dict(zip(KEY_FIELDS, values, strict=True)),
         "policy": policy,
@@ -120,3 +120,12 @@ def test_results_of_older_options_stay_out_of_the_report() -> None:
     old, new = (_record("p", "a/one", 0, score, 1.0) for score in (0.0, 1.0))
     old["options"] = {"name": "p", "hash_bits": 16}
     assert latest([full, old, new]) == [full, new]
+
+
+def test_results_of_older_prompts_are_neither_found_nor_reported() -> None:
+    old = _record("full", "a/one", 0, 0.0, 1.0)
+    new = {**old, "version": 2}
+    assert key_of(old) != key_of(new)
+    assert latest([old, new]) == [new]
+    del old["version"]  # as written before tasks had versions
+    assert key_of(old) == key_of({**old, "version": None})

@@ -110,6 +110,8 @@ class Task:
         metric: ``score``, or ``perplexity`` for a task that has no right answers.
         uses_reference: Whether the gold answer is the full cache's own output, which
             is made once and kept (`hashevict_vllm.eval.answers`).
+        version: Of the prompts, once they were changed: results of another version are
+            neither taken for done nor reported.
 
     """
 
@@ -118,6 +120,7 @@ class Task:
     score: Callable[[Sample, Output], dict[str, float]]
     metric: str = "score"
     uses_reference: bool = False
+    version: int | None = None
 
     @property
     def family(self) -> str:
@@ -132,9 +135,9 @@ def own_score(sample: Sample, output: Output) -> dict[str, float]:
     return {"nll": -mean(logprobs) if logprobs else 0.0}
 
 
-def own_answers(name: str, samples: Samples) -> Task:
+def own_answers(name: str, samples: Samples, version: int | None = None) -> Task:
     """Make a task that forces the full cache's own answers (`..answers`)."""
-    return Task(name, samples, own_score, metric="perplexity", uses_reference=True)
+    return Task(name, samples, own_score, "perplexity", True, version)
 
 
 def mean(values: list[float]) -> float:

@@ -32,12 +32,17 @@ from hashevict_vllm.eval.tasks.retrieval import string_match
 TURNS = 3
 REPLY_TOKENS = 64
 DRAWS = 50
-"""How often a chat is drawn anew because its three paragraphs do not fit."""
+"""How often at most a chat is drawn anew because its three paragraphs do not fit."""
 ASK = "{text}\n\n{query} Answer in one sentence."
 
 
 def samples(n: int, length: int, seed: int, tokenizer: Tokenizer) -> list[Sample]:
-    """`n` turns; the last of each chat is as long as fits."""
+    """`n` turns; the last of each chat is as long as fits.
+
+    Raises:
+        ValueError: When none of `DRAWS` chats has paragraphs short enough.
+
+    """
     return [_sample(index, length, seed, tokenizer) for index in range(n)]
 
 
@@ -67,8 +72,9 @@ class _Chat:
 
 def _sample(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample:
     number, turn = divmod(index, TURNS)
+    subjects = _subjects()
     rng = rng_of("chats", length, seed, number)
-    chat = _draw(rng)
+    chat = _draw(rng, subjects)
 
     def fits(size: int) -> bool:
         # The same text in all turns: what fits is asked of the last.
@@ -78,20 +84,24 @@ def _sample(index: int, length: int, seed: int, tokenizer: Tokenizer) -> Sample:
     for _ in range(DRAWS):
         if fits(TURNS):
             break
-        chat = _draw(rng)
+        chat = _draw(rng, subjects)
     size = largest(TURNS, TURNS + len(chat.related), fits)
     prompt, opening = split_opening(chat.prompt(size, turn, tokenizer), [])
     answers = chat.three[turn].answers
     return Sample(index, prompt, opening, free=REPLY_TOKENS, answers=answers)
 
 
-def _draw(rng: random.Random) -> _Chat:
+def _subjects() -> list[list[data.Question]]:
+    """Questions by article, of articles with enough paragraphs."""
     by_subject: dict[int, list[data.Question]] = {}
     for question in data.squad()[0]:
         by_subject.setdefault(min({*question.gold, *question.related}), []).append(
             question
         )
-    subjects = [found for found in by_subject.values() if _paragraphs(found) >= TURNS]
+    return [found for found in by_subject.values() if _paragraphs(found) >= TURNS]
+
+
+def _draw(rng: random.Random, subjects: list[list[data.Question]]) -> _Chat:
     asked = rng.choice(subjects).copy()
     rng.shuffle(asked)
     one_each = list({question.gold[0]: question for question in asked}.values())

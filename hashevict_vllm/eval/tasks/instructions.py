@@ -2,7 +2,7 @@
 
 The rules concern the last question alone and name words that occur nowhere else, so
 that nothing but the beginning of the prompt says how to reply. They stand in one
-sentence: a numbered list of them no model here obeys, not even with a full cache.
+sentence: neither SmolLM2-135M nor Qwen2.5-Coder-1.5B obeys a numbered list of them.
 The talk between is questions on SQuAD's paragraphs with their gold answers, as long
 as fits.
 
@@ -27,6 +27,8 @@ from hashevict_vllm.eval.tasks.base import (
 )
 
 REPLY_TOKENS = 64
+VERSION = 2
+"""The first gave the rules as a numbered list."""
 SYSTEM = (
     "You are a helpful assistant. When the user says FINAL, begin your reply with the "
     "word {first}, call the user {name}, and end with the word {last}."
@@ -82,6 +84,6 @@ def obeyed_score(sample: Sample, output: Output) -> dict[str, float]:
 
 
 TASKS = [
-    own_answers("instructions/own", samples),
-    Task("instructions/obeyed", samples, obeyed_score),
+    own_answers("instructions/own", samples, VERSION),
+    Task("instructions/obeyed", samples, obeyed_score, version=VERSION),
 ]
