@@ -85,12 +85,19 @@ def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_half_of_them() ->
     pooled = read({**votes_alone, "pool": 15}, prompt=150, outputs=0)
     alone = read({**votes_alone, "pool": 1}, prompt=150, outputs=0)
     assert not torch.equal(pooled.slots.position, alone.slots.position)
+    slots = whole.slots
+    merit = pooled.rule.merit(slots.position, slots.votes, slots.v, goes_on=False)
     for head in range(HEADS):
         own = votes_by_position(whole, head)
+        least = dict(
+            zip(slots.position[head].tolist(), (merit[head] / 2).tolist(), strict=True)
+        )
         for layer in (pooled, alone):
             found = votes_by_position(layer, head)
             assert len(found) == 50
             raised = {at for at, votes in found.items() if votes != own[at]}
             assert all(found[at] > own[at] for at in raised)
+            for at in raised:  # but for the bits that say how large the value is
+                assert found[at] == pytest.approx(least[at], rel=1e-5)
             assert bool(raised) == (layer is pooled)
             assert len(raised) < 50  # heavy slots keep their own
