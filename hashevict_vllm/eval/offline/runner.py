@@ -115,4 +115,5 @@ class OfflineRunner:
             "length": length,
             "seed": self.seed,
             "index": index,
+            "version": TASKS[task].version,
         }
