@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.oracle import resolve
 
+from hashevict_vllm.policies.base import LiveSlots
 from hashevict_vllm.policies.reference import ReferenceLayer
 
 HEADS, DIM, SCALE = 2, 32, 32**-0.5
@@ -73,11 +74,10 @@ def test_a_ballot_fades_earlier_votes_and_spreads_votes_over_the_others(
 
 
 def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_half_of_them() -> None:
-    def votes_by_position(layer: ReferenceLayer, head: int) -> dict[int, float]:
-        slots = layer.slots
-        pairs = zip(
-            slots.position[head].tolist(), slots.votes[head].tolist(), strict=True
-        )
+    def by_position(
+        slots: LiveSlots, values: torch.Tensor, head: int
+    ) -> dict[int, float]:
+        pairs = zip(slots.position[head].tolist(), values[head].tolist(), strict=True)
         return dict(pairs)
 
     votes_alone = {"budget": 50, "value_weight": 0}
@@ -88,12 +88,10 @@ def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_half_of_them() ->
     slots = whole.slots
     merit = pooled.rule.merit(slots.position, slots.votes, slots.v, goes_on=False)
     for head in range(HEADS):
-        own = votes_by_position(whole, head)
-        least = dict(
-            zip(slots.position[head].tolist(), (merit[head] / 2).tolist(), strict=True)
-        )
+        own = by_position(slots, slots.votes, head)
+        least = by_position(slots, merit / 2, head)
         for layer in (pooled, alone):
-            found = votes_by_position(layer, head)
+            found = by_position(layer.slots, layer.slots.votes, head)
             assert len(found) == 50
             raised = {at for at, votes in found.items() if votes != own[at]}
             assert all(found[at] > own[at] for at in raised)

@@ -137,7 +137,14 @@ def own_score(sample: Sample, output: Output) -> dict[str, float]:
 
 def own_answers(name: str, samples: Samples, version: int | None = None) -> Task:
     """Make a task that forces the full cache's own answers (`..answers`)."""
-    return Task(name, samples, own_score, "perplexity", True, version)
+    return Task(
+        name,
+        samples,
+        own_score,
+        metric="perplexity",
+        uses_reference=True,
+        version=version,
+    )
 
 
 def mean(values: list[float]) -> float:
