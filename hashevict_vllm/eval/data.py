@@ -17,6 +17,7 @@ import importlib.resources
 import json
 import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ class Question:
     gold: tuple[int, ...]
     related: tuple[int, ...] = ()
 
+    @property
+    def article(self) -> int:
+        """The least index of its documents: one for all questions on one subject."""
+        return min({*self.gold, *self.related})
+
 
 @functools.cache
 def squad() -> tuple[list[Question], list[str]]:
@@ -137,6 +143,17 @@ def squad() -> tuple[list[Question], list[str]]:
                 if not entry["is_impossible"]
             ]
     return questions, documents
+
+
+Articles = dict[int, list[Question]]
+
+
+def by_article(questions: Sequence[Question]) -> Articles:
+    """Questions on documents that are related, by `Question.article`."""
+    found: Articles = {}
+    for question in questions:
+        found.setdefault(question.article, []).append(question)
+    return found
 
 
 @functools.cache

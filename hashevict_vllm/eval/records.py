@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hashevict_vllm.eval.tasks.base import Task
+
 Record = dict[str, Any]
 
 KEY_FIELDS = (
@@ -25,6 +27,46 @@ KEY_FIELDS = (
     "version",
 )
 """What a sample's result depends on; a record with the same values is not run again."""
+
+
+def sample_key(
+    task: Task,
+    *,
+    model: str,
+    dtype: str,
+    options: Any,
+    rule: str | None,
+    budget: int | None,
+    length: int,
+    seed: int,
+    index: int,
+) -> Record:
+    """What the result of one sample is filed under, served or offline: `KEY_FIELDS`.
+
+    Args:
+        task: Its name and version are told.
+        model: Directory; its name is told.
+        dtype: ``auto`` or a name of torch's.
+        options: The policy's, resolved.
+        rule: Digest of the rule's source; None where that is not told.
+        budget: Live slots; None is the full cache.
+        length: Nominal, in tokens.
+        seed: Of all samples.
+        index: Of the sample.
+
+    """
+    return {
+        "model": Path(model).name,
+        "dtype": dtype,
+        "options": options,
+        "rule": rule,
+        "budget": budget,
+        "task": task.name,
+        "length": length,
+        "seed": seed,
+        "index": index,
+        "version": task.version,
+    }
 
 
 def key_of(record: Record, fields: Sequence[str] = KEY_FIELDS) -> str:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from hashevict_vllm.config import KVPolicyError
 from hashevict_vllm.eval.answers import OwnAnswers
 from hashevict_vllm.eval.engine import EngineOptions, answer, engine
 from hashevict_vllm.eval.grid import Cell, Policy
-from hashevict_vllm.eval.records import Record, Store, versions
+from hashevict_vllm.eval.records import Record, Store, sample_key, versions
 from hashevict_vllm.eval.rule_digest import rule_digest
 from hashevict_vllm.eval.tasks import TASKS
 from hashevict_vllm.eval.tasks.base import Output, Sample, Task
@@ -110,18 +109,17 @@ class Runner:
         ]
 
     def _key(self, cell: Cell, resolved: dict[str, Any], index: int) -> Record:
-        return {
-            "model": Path(self.options.model).name,
-            "dtype": self.options.dtype,
-            "options": resolved,
-            "rule": rule_digest(resolved),
-            "budget": cell.budget,
-            "task": cell.task,
-            "length": cell.length,
-            "seed": self.seed,
-            "index": index,
-            "version": self.tasks[cell.task].version,
-        }
+        return sample_key(
+            self.tasks[cell.task],
+            model=self.options.model,
+            dtype=self.options.dtype,
+            options=resolved,
+            rule=rule_digest(resolved),
+            budget=cell.budget,
+            length=cell.length,
+            seed=self.seed,
+            index=index,
+        )
 
     def _prepared(self, cell: Cell, key: Record, sample: Sample) -> Sample:
         """The sample, with the full cache's answer as gold where the task wants it."""

@@ -337,7 +337,7 @@ def _tasks() -> dict[str, Task]:
         return {"score": 1.0, "nll": nll}
 
     made = [Task("a/gold", samples, score)]
-    made += [Task("b/own", bare, score, uses_reference=True)]
+    made += [Task("b/own", bare, score, uses_reference=True, version=2)]
     return {task.name: task for task in made}
 
 
@@ -356,6 +356,7 @@ def test_runs_are_resumed_and_file_what_the_engine_files(
     assert labels == {("full (offline)", None), *((r.label, r.budget) for r in rules)}
     for line in lines:
         assert line["score"]["nll"] > 0
+        assert line["version"] == (2 if line["task"] == "b/own" else None)
     kept = store.path.with_name("answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in kept] == [0, 1]
     run.run(rules, ["a/gold", "b/own"], 256)

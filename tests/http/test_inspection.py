@@ -57,9 +57,8 @@ def stream(client: Any, prompt: Any, **options: Any) -> Any:
 @contextlib.contextmanager
 def live(server: Server, client: Any, prompt: str) -> Iterator[str]:
     """Id of a request that runs until the block ends."""
-    chunks = stream(client, prompt)
-    yield next(chunks).id
-    chunks.close()
+    with contextlib.closing(stream(client, prompt)) as chunks:
+        yield next(chunks).id
     server.wait_until_idle()
 
 

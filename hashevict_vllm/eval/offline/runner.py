@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -12,7 +11,7 @@ from hashevict_vllm.eval.answers import OwnAnswers
 from hashevict_vllm.eval.offline.generate import answer
 from hashevict_vllm.eval.offline.model import OfflineModel
 from hashevict_vllm.eval.offline.rules import Full, Rule
-from hashevict_vllm.eval.records import Record, Store, versions
+from hashevict_vllm.eval.records import Record, Store, sample_key, versions
 from hashevict_vllm.eval.runner import details
 from hashevict_vllm.eval.tasks import TASKS
 from hashevict_vllm.eval.tasks.base import Sample
@@ -64,7 +63,7 @@ class OfflineRunner:
     def _run_sample(
         self, rules: Sequence[Rule], task: str, length: int, sample: Sample
     ) -> None:
-        keys = [self.key(rule, task, length, sample.index) for rule in rules]
+        keys = [self._key(rule, task, length, sample.index) for rule in rules]
         if TASKS[task].uses_reference:
             # The gold answer is the full cache's: the served engine's where it is kept.
             if self.answers.output(keys[0], sample) is None:
@@ -104,16 +103,15 @@ class OfflineRunner:
             for rule, key, output in zip(rules, keys, outputs, strict=True)
         )
 
-    def key(self, rule: Rule, task: str, length: int, index: int) -> Record:
-        """What a result is filed under."""
-        return {
-            "model": Path(self.path).name,
-            "dtype": self.dtype,
-            "options": rule.options,
-            "budget": None if isinstance(rule, Full) else rule.budget,
-            "task": task,
-            "length": length,
-            "seed": self.seed,
-            "index": index,
-            "version": TASKS[task].version,
-        }
+    def _key(self, rule: Rule, task: str, length: int, index: int) -> Record:
+        return sample_key(
+            TASKS[task],
+            model=self.path,
+            dtype=self.dtype,
+            options=rule.options,
+            rule=None,
+            budget=None if isinstance(rule, Full) else rule.budget,
+            length=length,
+            seed=self.seed,
+            index=index,
+        )

@@ -110,8 +110,8 @@ class Task:
         metric: ``score``, or ``perplexity`` for a task that has no right answers.
         uses_reference: Whether the gold answer is the full cache's own output, which
             is made once and kept (`hashevict_vllm.eval.answers`).
-        version: Of the prompts, once they were changed: results of another version are
-            neither taken for done nor reported.
+        version: Of prompts and score, once they were changed: results of another
+            version are neither taken for done nor reported.
 
     """
 

@@ -40,13 +40,14 @@ from hashevict_vllm.eval.tasks.retrieval import documents_text
 OPTIONS = 4
 
 
-def options(question: data.Question, rng: random.Random) -> list[str]:
+def options(
+    question: data.Question, article: list[data.Question], rng: random.Random
+) -> list[str]:
     """The gold answer and plausible others; fewer when the article has too few."""
     gold = question.answers[0]
-    subject = {*question.gold, *question.related}
     others = {
         answer
-        for other in _questions_on(min(subject))
+        for other in article
         for answer in other.answers[:1]
         if not any(_overlap(answer, right) for right in question.answers)
     }
@@ -66,24 +67,18 @@ def options(question: data.Question, rng: random.Random) -> list[str]:
     return [gold, *chosen]
 
 
-def _questions_on(first_document: int) -> list[data.Question]:
-    if not _BY_SUBJECT:
-        for question in data.squad()[0]:
-            subject = min({*question.gold, *question.related})
-            _BY_SUBJECT.setdefault(subject, []).append(question)
-    return _BY_SUBJECT[first_document]
-
-
-_BY_SUBJECT: dict[int, list[data.Question]] = {}
-
-
 def _overlap(a: str, b: str) -> bool:
     a, b = a.lower(), b.lower()
     return a in b or b in a
 
 
 def _sample(
-    name: str, late: bool, index: int, length: int, seed: int, tokenizer: Tokenizer
+    late: bool,
+    articles: data.Articles,
+    index: int,
+    length: int,
+    seed: int,
+    tokenizer: Tokenizer,
 ) -> Sample:
     template = data.ruler_settings()[0]["qa"]
     made: dict[int, Sample] = {}
@@ -91,8 +86,10 @@ def _sample(
     def fits(size: int) -> bool:
         rng = rng_of("choice/squad", length, seed, index)  # the same late and early
         questions, documents = data.squad()
-        while len(choices := options(question := rng.choice(questions), rng)) < OPTIONS:
-            pass
+        choices: list[str] = []
+        while len(choices) < OPTIONS:
+            question = rng.choice(questions)
+            choices = options(question, articles[question.article], rng)
         context = documents_text(question, documents, size, rng)
         user = template["template"].format(context=context, query=question.query)
         text = chat(tokenizer, user)
@@ -127,7 +124,8 @@ def score(sample: Sample, output: Output) -> dict[str, float]:
 
 def _make(name: str, late: bool) -> Task:
     def samples(n: int, length: int, seed: int, tokenizer: Tokenizer) -> list[Sample]:
-        return [_sample(name, late, i, length, seed, tokenizer) for i in range(n)]
+        articles = data.by_article(data.squad()[0])
+        return [_sample(late, articles, i, length, seed, tokenizer) for i in range(n)]
 
     return Task(name, samples, score)
 
