@@ -42,8 +42,9 @@ class Budgets(NamedTuple):
             budget[list(own)] = list(own.values())
         if policy.recent_percent is None:
             return cls(budget, np.full_like(budget, policy.recent))
-        # As `resolved.share_of`.
-        return cls(budget, (budget * policy.recent_percent / 100).astype(np.int64))
+        # As `ResolvedKVPolicy.with_budget`.
+        share = (budget * policy.recent_percent / 100).astype(np.int64)
+        return cls(budget, np.minimum(share, policy.recent_most))
 
 
 @dataclass(frozen=True)
