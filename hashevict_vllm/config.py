@@ -16,8 +16,6 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from hashevict_vllm.resolved import (
-    MOST_RECENT,
-    UNBOUNDED,
     ResolvedKVPolicy,
     default_value_votes,
     default_vote_every,
@@ -145,7 +143,7 @@ class KVPolicyConfig:
         sinks: Positions below this are never evicted; ``vote`` describes keys by
             them.
         recent: The most recent tokens never evicted: tokens, or a share of the
-            budget ("25%"). By default a quarter of it, with ``vote`` at most 32.
+            budget ("25%").
         segment: Prompt tokens held before the live set is reduced to the budget:
             tokens, or ``"prompt"`` for the whole prompt; 1 is token by token.
         seed: Seed of the projection, or of the random policy.
@@ -176,7 +174,7 @@ class KVPolicyConfig:
     hash_source: str = "query"
     orthogonal: bool = True
     sinks: int = 4
-    recent: int | str | None = None
+    recent: int | str = "25%"
     segment: int | str = 4096
     seed: int = 0
     window: int = 16
@@ -296,9 +294,7 @@ class KVPolicyConfig:
             budget=as_tokens(flag("budget"), self.budget, 1, MAX_BUDGET),
             hash_bits=bits,
             sinks=as_int(flag("sinks"), self.sinks, 0, MAX_TOKENS),
-            recent=None
-            if self.recent is None
-            else as_tokens(flag("recent"), self.recent, 0, MAX_TOKENS),
+            recent=as_tokens(flag("recent"), self.recent, 0, MAX_TOKENS),
             segment=segment,
             seed=as_int(flag("seed"), self.seed, 0, MAX_SEED),
             window=as_int(flag("window"), self.window, 1, MAX_VOTES),
@@ -313,18 +309,6 @@ class KVPolicyConfig:
             decay=as_number(flag("decay"), self.decay, 1, positive=True),
         )
 
-    @property
-    def _recent(self) -> tuple[int | str, int]:
-        """``recent``, and what it is cut to."""
-        if self.recent is None:
-            return "25%", MOST_RECENT if self.scoring == "vote" else UNBOUNDED
-        return self.recent, UNBOUNDED
-
-    def recent_in(self, budget: int) -> int:
-        """``recent`` in tokens, of a budget in tokens."""
-        recent, most = self._recent
-        return min(tokens_of(recent, budget), most)
-
     def sizes(self, max_model_len: int, block_size: int) -> dict[str, int]:
         """Budget, recent and segment in tokens, unchecked; see `resolve`.
 
@@ -335,7 +319,7 @@ class KVPolicyConfig:
         segment = whole = -(-max_model_len // block_size) * block_size
         if self.segment != SEGMENT_PROMPT:
             segment = min(int(self.segment), whole)
-        recent = self.recent_in(budget)
+        recent = tokens_of(self.recent, budget)
         return {"budget": budget, "recent": recent, "segment": segment}
 
     def resolve(self, max_model_len: int, block_size: int) -> ResolvedKVPolicy:
@@ -355,7 +339,7 @@ class KVPolicyConfig:
         assert self.budget is not None, "resolve() is for enabled policies"
         assert self.scoring is not None, "from_dict() fills defaults in"
         budget = tokens_of(self.budget, max_model_len)
-        recent, (recent_share, recent_most) = self.recent_in(budget), self._recent
+        recent = tokens_of(self.recent, budget)
         floor = self.sinks + recent + block_size
         if budget < floor:
             raise fail(
@@ -396,8 +380,7 @@ class KVPolicyConfig:
             value_votes=value_votes,
             vote_every=vote_every,
             decay=self.decay,
-            recent_percent=percent_of(recent_share),
-            recent_most=recent_most,
+            recent_percent=percent_of(self.recent),
             allow_full=self.allow_full,
         )
 

@@ -17,13 +17,6 @@ def share_of(whole: int, percent: float) -> int:
     return int(whole * percent / 100)
 
 
-MOST_RECENT = 32
-"""``recent`` by default is at most this where tokens vote (docs/quality-rule.md).
-
-Age is all that speaks for a new token, until a few ballots have told more.
-"""
-
-
 def default_vote_every(budget: int) -> int:
     """``vote_every`` at a budget in tokens (docs/quality-rule.md).
 
@@ -62,7 +55,6 @@ class ResolvedKVPolicy:
         vote_every: In decode, one token of so many votes.
         decay: Factor on earlier votes at every vote in decode.
         recent_percent: ``recent`` as a share of the budget; None for tokens.
-        recent_most: What that share is cut to.
         allow_full: Whether a request may ask for `UNBOUNDED`.
 
     """
@@ -84,14 +76,13 @@ class ResolvedKVPolicy:
     vote_every: int
     decay: float
     recent_percent: float | None = None
-    recent_most: int = UNBOUNDED
     allow_full: bool = False
 
     def with_budget(self, budget: int) -> ResolvedKVPolicy:
         """The same for a request with another budget; its ballots keep this pace."""
         recent = self.recent
         if self.recent_percent is not None:
-            recent = min(share_of(budget, self.recent_percent), self.recent_most)
+            recent = share_of(budget, self.recent_percent)
         return replace(self, budget=budget, recent=recent)
 
     @property

@@ -185,7 +185,7 @@ def test_help_has_a_heading_and_every_key_with_its_default(parser, monkeypatch):
     text = parser.format_help()
     assert text.startswith("KVPolicyConfig:\n")
     assert "- hash_bits: Bits of a signature" in text
-    for default in ("64", '"query"', "0.95", "4096"):
+    for default in ("64", '"query"', '"25%"', "4096"):
         assert f"(default: {default})" in " ".join(text.split())
 
 

@@ -42,9 +42,8 @@ class Budgets(NamedTuple):
             budget[list(own)] = list(own.values())
         if policy.recent_percent is None:
             return cls(budget, np.full_like(budget, policy.recent))
-        # As `ResolvedKVPolicy.with_budget`.
-        share = (budget * policy.recent_percent / 100).astype(np.int64)
-        return cls(budget, np.minimum(share, policy.recent_most))
+        # As `resolved.share_of`.
+        return cls(budget, (budget * policy.recent_percent / 100).astype(np.int64))
 
 
 @dataclass(frozen=True)

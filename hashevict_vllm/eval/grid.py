@@ -95,7 +95,6 @@ class Policy:
         options = dataclasses.asdict(config)
         del options["preset"]  # what it sets is there
         if budget is not None:  # what is by default depends on it
-            options["recent"] = config.recent_in(budget)
             options["vote_every"] = config.vote_every or default_vote_every(budget)
             if config.value_votes is None:
                 options["value_votes"] = default_value_votes(budget)

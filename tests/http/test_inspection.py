@@ -65,7 +65,7 @@ def live(server: Server, client: Any, prompt: str) -> Iterator[str]:
 def test_the_policy_and_what_it_buys_are_told(api: httpx.Client) -> None:
     found = api.get("/v1/kv_policy").json()
     assert found["policy"]["budget"] == found["effective"]["budget"] == BUDGET
-    assert found["effective"]["recent"] == min(BUDGET // 4, 32)
+    assert found["effective"]["recent"] == BUDGET // 4
     assert found["layers"] == list(range(LAYERS))
     assert found["capacity"]["blocks"] == BUDGET / found["block_size"]
     assert found["capacity"]["requests"] == pytest.approx(

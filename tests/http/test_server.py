@@ -233,7 +233,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_gives_its_blocks_back(ser
 BAD_BUDGETS = {
     "much": "expected tokens or 'full', got 'much'.",
     1.5: "expected an integer, got 1.5.",
-    0: "must be at least 164, got 0.",
+    0: "must be at least 175, got 0.",
     BUDGET + 1: f"must be at most {BUDGET}.",
 }
 
