@@ -21,6 +21,13 @@ them (1) decode would judge neighbourhoods, and keep words for what stood beside
 A power of two, so that no product is rounded.
 """
 
+RECENT_IN_SELECTION = 32
+"""Of the ``recent`` tokens a selection protects at most so many, the last ones.
+
+By then all have been voted on, and what is protected for its age takes the place of
+what was asked for. In decode a token has only its age until it has gathered votes.
+"""
+
 BESIDE = 1
 """How far the value of a slot is from the mean is averaged over this many positions to
 either side (`hashevict_vllm.policies.value`)."""

@@ -16,7 +16,13 @@ import math
 import torch
 
 from hashevict_vllm.kernels import codes
-from hashevict_vllm.kernels.codes import AHEAD, BEFORE_THE_END, NEIGHBOURS, SMOOTH
+from hashevict_vllm.kernels.codes import (
+    AHEAD,
+    BEFORE_THE_END,
+    NEIGHBOURS,
+    RECENT_IN_SELECTION,
+    SMOOTH,
+)
 from hashevict_vllm.kernels.projection import num_words
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import EvictionRule, LiveSlots
@@ -125,7 +131,8 @@ class Vote(EvictionRule):
     def survivors(self, slots: LiveSlots, end: int, goes_on: bool) -> torch.Tensor:
         """Protected slots, then those of the most merit.
 
-        That is votes in the neighbourhood, and credit for an unusual value. In decode
+        That is votes in the neighbourhood, and credit for an unusual value. Protected
+        are the sinks and the last tokens (`RECENT_IN_SELECTION` at most). In decode
         every slot is judged by its own votes, of which it has from now on at least
         `NEIGHBOURS` times its merit.
         """
@@ -134,7 +141,7 @@ class Vote(EvictionRule):
         least = without_octaves(NEIGHBOURS * merit)
         slots.votes.copy_(torch.maximum(slots.votes, least))
         protected = (position < self.policy.sinks) | (
-            position >= end - self.policy.recent
+            position >= end - min(self.policy.recent, RECENT_IN_SELECTION)
         )
         merit[protected] = float("inf")
         # Stable sorts: by age, then by votes, so that ties keep the newer slot.

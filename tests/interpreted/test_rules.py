@@ -179,7 +179,7 @@ def test_kernels_equal_the_oracle_for_every_rule(rule: str) -> None:
 def test_kernels_equal_the_oracle_where_requests_span_several_tiles(rule: str) -> None:
     with mock.patch.object(launch, "SCAN_TILE", 32):
         run(
-            {"budget": 120, "segment": 32, "recent": 4, **RULES[rule]},
+            {"budget": 120, "segment": 32, "recent": 80, **RULES[rule]},
             prompts=[152],
             outputs=2,
             chunk=200,

@@ -99,3 +99,21 @@ def test_neighbourhoods_choose_at_a_prompts_end_and_slots_keep_half_of_them() ->
                 assert found[at] == pytest.approx(least[at], rel=1e-5)
             assert bool(raised) == (layer is pooled)
             assert len(raised) < 50  # heavy slots keep their own
+
+
+@pytest.mark.parametrize(("recent", "protected"), [(8, 8), (32, 32), (60, 32)])
+def test_a_selection_protects_the_last_32_tokens_and_decode_all_recent_ones(
+    recent: int, protected: int
+) -> None:
+    layer = read({"budget": 100, "recent": recent}, prompt=300, outputs=0)
+    for positions in layer.slots.position:
+        kept = set(positions.tolist())
+        assert kept >= set(range(300 - protected, 300))
+        assert not kept >= set(range(300 - protected - 20, 300 - protected))
+    survivors = [set(x.tolist()) for x in layer.slots.position]
+    for t in range(300, 320):
+        layer.forward(*token(t), SCALE)
+        for before, positions in zip(survivors, layer.slots.position, strict=True):
+            now = set(positions.tolist())
+            assert now >= {p for p in before if p > t - 1 - recent}
+            before &= now

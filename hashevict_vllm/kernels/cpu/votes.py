@@ -10,7 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hashevict_vllm.kernels.codes import AHEAD, NEIGHBOURS, OCTAVES, SMOOTH
+from hashevict_vllm.kernels.codes import (
+    AHEAD,
+    NEIGHBOURS,
+    OCTAVES,
+    RECENT_IN_SELECTION,
+    SMOOTH,
+)
 from hashevict_vllm.kernels.cpu.ballot import (
     WIDTH,
     add_rows,
@@ -203,8 +209,9 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, goes_on, budget, rece
 
     That is votes pooled over ``rule.pool`` positions, and credit for unusual values
     (`hashevict_vllm.policies.vote`); a slot keeps its own votes, but at least
-    `NEIGHBOURS` of its merit. Sinks and positions of at least ``end - recent`` are
-    protected; ties keep the newer slot. ``goes_on`` says whether the prompt does.
+    `NEIGHBOURS` of its merit. Sinks and the last ``recent`` positions before ``end``
+    (`RECENT_IN_SELECTION` at most) are protected; ties keep the newer slot.
+    ``goes_on`` says whether the prompt does.
     """
     words, size, tail = pages.words, row_size(pages), pages.tail
     position = np.empty(num_slots, np.int32)
@@ -226,10 +233,11 @@ def mark_losers(pages, rule, blocks, num_slots, head, end, goes_on, budget, rece
         tail[at] = (bits[i] & ~octaves) | (tail[at] & octaves)
     ranked = np.argsort(merit, kind="mergesort")
     left = num_slots - budget
+    stop = end - min(recent, RECENT_IN_SELECTION)
     for i in ranked:
         if left == 0:
             break
-        if position[i] < rule.sinks or position[i] >= end - recent:
+        if position[i] < rule.sinks or position[i] >= stop:
             continue
         at = word_of(pages, blocks, order[i], head) + words * size
         tail[at] = ~position[i]

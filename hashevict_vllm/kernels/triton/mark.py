@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hashevict_vllm.kernels.codes import NEIGHBOURS
+from hashevict_vllm.kernels.codes import NEIGHBOURS, RECENT_IN_SELECTION
 from hashevict_vllm.kernels.triton.octave import votes_of, with_octave
 from hashevict_vllm.kernels.triton.pieces import (
     BUDGET,
@@ -32,6 +32,7 @@ from hashevict_vllm.kernels.triton.score import (
 from hashevict_vllm.kernels.triton.slots import head_of, meta_of
 
 _NEIGHBOURS = tl.constexpr(NEIGHBOURS)
+_RECENT_IN_SELECTION = tl.constexpr(RECENT_IN_SELECTION)
 _NEVER = tl.constexpr(2**63 - 1)
 _INT32_MAX = tl.constexpr(2**31 - 1)
 _DIGIT = tl.constexpr(8)
@@ -148,7 +149,10 @@ def select_kernel(
     count, slot = tl.load(piece + COUNT), tl.load(piece + SLOT)
     end = slot + count
     # Tokens are protected from their own recent past; votes come after the last one.
-    stop = tl.load(piece + START) + count - tl.load(piece + RECENT)
+    recent = tl.load(piece + RECENT)
+    if rule.kind == VOTE:
+        recent = tl.minimum(recent, _RECENT_IN_SELECTION)
+    stop = tl.load(piece + START) + count - recent
     budget = tl.load(piece + BUDGET)
     if rule.kind == VOTE:
         excess = tl.where(tl.load(piece + COMPACT) != 0, end - budget, 0)

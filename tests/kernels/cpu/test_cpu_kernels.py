@@ -154,13 +154,13 @@ def test_kernels_equal_the_oracle_for_every_baseline(
     )
 
 
-@pytest.mark.parametrize("segment", [1, 64, "prompt"])
+@pytest.mark.parametrize(("segment", "recent"), [(1, 20), (64, 20), ("prompt", 40)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_equal_the_oracle_for_votes(
-    segment: int | str, dtype: torch.dtype
+    segment: int | str, recent: int, dtype: torch.dtype
 ) -> None:
     run(
-        {"scoring": "vote", "budget": 80, "segment": segment, "recent": 20},
+        {"scoring": "vote", "budget": 80, "segment": segment, "recent": recent},
         prompts=[150, 30, 300],
         outputs=60,
         chunk=70,

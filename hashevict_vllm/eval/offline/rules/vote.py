@@ -12,7 +12,7 @@ from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.eval.offline.model import PromptLayer
 from hashevict_vllm.eval.offline.rules.base import Rule
 from hashevict_vllm.eval.offline.slots import Slots, Step
-from hashevict_vllm.kernels.codes import NEIGHBOURS
+from hashevict_vllm.kernels.codes import NEIGHBOURS, RECENT_IN_SELECTION
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
@@ -136,7 +136,8 @@ class VoteRule(Rule):
             votes = torch.maximum(votes, NEIGHBOURS * merit)
         score = merit.clone()
         score[:, : self.policy.sinks] = float("inf")
-        score[:, max(0, len(prompt) - self.recent) :] = float("inf")
+        protected = min(self.recent, RECENT_IN_SELECTION)
+        score[:, max(0, len(prompt) - protected) :] = float("inf")
         return votes, score
 
     def _votes(
