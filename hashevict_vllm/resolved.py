@@ -45,7 +45,8 @@ class ResolvedKVPolicy:
         hash_source: ``query`` or ``key``.
         orthogonal: Orthogonalised projection.
         sinks: Positions below this are protected.
-        recent: Positions above ``t - 1 - recent`` are protected at step t.
+        recent: Positions above ``t - 1 - recent`` are protected at step t; by a
+            selection, `codes.RECENT_IN_SELECTION` of them at most.
         segment: S in tokens; at least ``max_model_len`` means the whole prompt.
         seed: Seed of the projection, or of the random policy.
         window: Voting queries of a segment.
