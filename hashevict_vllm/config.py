@@ -142,8 +142,8 @@ class KVPolicyConfig:
         orthogonal: Orthogonalise the Gaussian projection.
         sinks: Positions below this are never evicted; ``vote`` describes keys by
             them.
-        recent: The most recent tokens never evicted: tokens, or a share of the
-            budget ("25%"). When ``vote`` judges a segment, the last 32 of them.
+        recent: The most recent tokens not evicted in decode: tokens, or a share of the
+            budget ("25%"). When ``vote`` judges a segment, at most the last 32.
         segment: Prompt tokens held before the live set is reduced to the budget:
             tokens, or ``"prompt"`` for the whole prompt; 1 is token by token.
         seed: Seed of the projection, or of the random policy.

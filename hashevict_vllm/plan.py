@@ -57,7 +57,8 @@ class Piece:
         slot: Slot of the first token: live slots (and open scratch) lie below it. For
             an evicting piece it equals C, and the token takes its victim's slot.
         budget: C of its request.
-        recent: The most recent tokens that its request never evicts.
+        recent: The most recent tokens that its request does not evict in decode; a
+            selection by votes protects fewer (`codes.RECENT_IN_SELECTION`).
         evict: The decode rule: one token, evict before attention.
         first_voter: The piece's first token whose queries vote; ``count`` if none does.
         ballots: In decode, distance of voting tokens; 0 while a segment is read, where

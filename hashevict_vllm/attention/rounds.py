@@ -25,7 +25,7 @@ class Budgets(NamedTuple):
 
     Attributes:
         budget: int64 [R], C of each.
-        recent: int64 [R], the most recent tokens that each never evicts.
+        recent: int64 [R], the most recent tokens that each protects (`Piece`).
 
     """
 

@@ -8,9 +8,10 @@ import json
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hashevict_vllm.eval.tasks.base import Task
+if TYPE_CHECKING:
+    from hashevict_vllm.eval.tasks.base import Task
 
 Record = dict[str, Any]
 
@@ -114,7 +115,7 @@ def latest(records: Iterable[Record]) -> list[Record]:
     """Records fit for one report: of the last model, dtype, options per label and task.
 
     A policy's label keeps its name when its defaults change, and a task when its
-    prompts do; old results stay in the file and out of the report.
+    prompts or score do; old results stay in the file and out of the report.
     """
     records = list(records)
     if not records:

@@ -24,8 +24,9 @@ A power of two, so that no product is rounded.
 RECENT_IN_SELECTION = 32
 """Of the ``recent`` tokens a selection protects at most so many, the last ones.
 
-By then all have been voted on, and what is protected for its age takes the place of
-what was asked for. In decode a token has only its age until it has gathered votes.
+All voters have judged what lies before them, so that what is protected for its age
+takes the place of what was asked for; a prompt's last tokens, which few or none have
+judged, are among those 32. In decode a token has only its age until it has votes.
 """
 
 BESIDE = 1

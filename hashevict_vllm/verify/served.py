@@ -21,7 +21,7 @@ from hashevict_vllm.verify.model import make_llama, random_prompt
 
 MAX_MODEL_LEN = 1024
 BUDGET = 128
-POLICY: dict[str, Any] = {"name": "hashevict", "segment": 64, "recent": 32}
+POLICY: dict[str, Any] = {"name": "hashevict", "segment": 64, "recent": 48}
 PROMPTS = [random_prompt(length, seed=3) for length in (257, 40, 513, 100)]
 TOGETHER = (PROMPTS,)
 FIRST_ALONE = (PROMPTS[:1], PROMPTS[1:])

@@ -133,7 +133,7 @@ def test_rules_side_by_side_decode_as_each_alone(
 # --- rules ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [BUDGET, PROMPT + 8])
+@pytest.mark.parametrize("budget", [BUDGET, 200, PROMPT + 8])
 def test_votes_decide_as_the_oracle(budget: int) -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(PROMPT + STEPS, 4, 32, generator=generator)
@@ -356,6 +356,8 @@ def test_runs_are_resumed_and_file_what_the_engine_files(
     assert labels == {("full (offline)", None), *((r.label, r.budget) for r in rules)}
     for line in lines:
         assert line["score"]["nll"] > 0
+        own = line["policy"].startswith("vote")  # filed by the source of the rule
+        assert (line["rule"] is not None) == own
         assert line["version"] == (2 if line["task"] == "b/own" else None)
     kept = store.path.with_name("answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in kept] == [0, 1]

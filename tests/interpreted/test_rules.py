@@ -175,11 +175,13 @@ def test_kernels_equal_the_oracle_for_every_rule(rule: str) -> None:
     )
 
 
-@pytest.mark.parametrize("rule", ["query", "vote"])
-def test_kernels_equal_the_oracle_where_requests_span_several_tiles(rule: str) -> None:
+@pytest.mark.parametrize(("rule", "recent"), [("query", 4), ("vote", 4), ("vote", 80)])
+def test_kernels_equal_the_oracle_where_requests_span_several_tiles(
+    rule: str, recent: int
+) -> None:
     with mock.patch.object(launch, "SCAN_TILE", 32):
         run(
-            {"budget": 120, "segment": 32, "recent": 80, **RULES[rule]},
+            {"budget": 120, "segment": 32, "recent": recent, **RULES[rule]},
             prompts=[152],
             outputs=2,
             chunk=200,

@@ -35,7 +35,7 @@ class Round:
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to, or the number of live slots if evicting.
         evict: bool [n].
-        recent: int32 [n], the most recent tokens that are never evicted.
+        recent: int32 [n], the most recent tokens that are protected.
         requests: int32 [n], rows of the block table.
         replay: int32 [m, 10], pieces that vote or whose segment overflows the budget,
             as `kernels.cpu.launch.replay_segments` takes them.

@@ -109,7 +109,7 @@ class OfflineRunner:
             model=self.path,
             dtype=self.dtype,
             options=rule.options,
-            rule=None,
+            rule=rule.digest,
             budget=None if isinstance(rule, Full) else rule.budget,
             length=length,
             seed=self.seed,

@@ -57,7 +57,7 @@ def write_tokens(
         positions: int32 [n], absolute positions.
         slots: int32 [n], slot to append to; the number of live slots if evicting.
         evict: bool [n], whether to overwrite the victim instead of appending.
-        recent: int32 [n], the most recent tokens that are never evicted.
+        recent: int32 [n], the most recent tokens that are protected.
         requests: int32 [n], rows of the block table.
         block_table: int32 [R, max blocks].
         projection: float32 [D * b], R row-major; empty where the rule hashes nothing.

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
         row: Of q, k and v, of its first token.
         slot: Where that lies.
         budget: C of its request.
-        recent: The most recent tokens that its request never evicts.
+        recent: The most recent tokens that its request protects (`plan.Piece`).
         compact: Whether the live set is reduced afterwards (`PROMPT_ENDS`,
             `PROMPT_GOES_ON`).
         first_voter: Number of the first token that votes, ``length`` if none does.

@@ -149,15 +149,13 @@ def select_kernel(
     count, slot = tl.load(piece + COUNT), tl.load(piece + SLOT)
     end = slot + count
     # Tokens are protected from their own recent past; votes come after the last one.
-    recent = tl.load(piece + RECENT)
-    if rule.kind == VOTE:
-        recent = tl.minimum(recent, _RECENT_IN_SELECTION)
-    stop = tl.load(piece + START) + count - recent
+    recent, stop = tl.load(piece + RECENT), tl.load(piece + START) + count
     budget = tl.load(piece + BUDGET)
     if rule.kind == VOTE:
+        stop -= tl.minimum(recent, _RECENT_IN_SELECTION)
         excess = tl.where(tl.load(piece + COMPACT) != 0, end - budget, 0)
     else:
-        stop -= 1
+        stop -= recent + 1
         excess = count - tl.maximum(budget - slot, 0)
         excess = tl.where(tl.load(piece + EVICT) == 0, excess, 0)
     if excess <= 0:

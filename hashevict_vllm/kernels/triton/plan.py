@@ -83,7 +83,7 @@ def plan_kernel(
         seq_lens: int32 [P], tokens after the step; as vLLM counts, absolute.
         prompt_lens: int32 [P], lengths of the original prompts.
         budgets: int32 [P], C of each request.
-        recents: int32 [P], the most recent tokens that each never evicts.
+        recents: int32 [P], the most recent tokens that each protects.
         done: int32 [P], position that the piece before ended at; read except in the
             first round, written.
         pieces: int32 [P, columns], written, see `pieces`.

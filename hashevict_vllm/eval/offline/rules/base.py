@@ -40,6 +40,11 @@ class Rule(ABC):
         return {"name": "offline", "rule": self.label, "budget": self.budget}
 
     @property
+    def digest(self) -> str | None:
+        """Of a served rule's source, where it decides here (`rule_digest`)."""
+        return None
+
+    @property
     def recent(self) -> int:
         """The most recent tokens, not evicted in decode."""
         return 0

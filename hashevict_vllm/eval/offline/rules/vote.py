@@ -12,6 +12,7 @@ from hashevict_vllm.config import KVPolicyConfig
 from hashevict_vllm.eval.offline.model import PromptLayer
 from hashevict_vllm.eval.offline.rules.base import Rule
 from hashevict_vllm.eval.offline.slots import Slots, Step
+from hashevict_vllm.eval.rule_digest import rule_digest
 from hashevict_vllm.kernels.codes import NEIGHBOURS, RECENT_IN_SELECTION
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import signature_bits
@@ -108,6 +109,11 @@ class VoteRule(Rule):
     def options(self) -> dict[str, Any]:
         """The policy's as well."""
         return {**super().options, "policy": dataclasses.asdict(self.policy)}
+
+    @property
+    def digest(self) -> str | None:
+        """The served rule's."""
+        return rule_digest(dataclasses.asdict(self.policy))
 
     @property
     def recent(self) -> int:
