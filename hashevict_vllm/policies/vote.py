@@ -131,8 +131,7 @@ class Vote(EvictionRule):
     def survivors(self, slots: LiveSlots, end: int, goes_on: bool) -> torch.Tensor:
         """Protected slots, then those of the most merit.
 
-        That is votes in the neighbourhood, and credit for an unusual value. Protected
-        are the sinks and the last tokens (`RECENT_IN_SELECTION` at most). In decode
+        That is votes in the neighbourhood, and credit for an unusual value. In decode
         every slot is judged by its own votes, of which it has from now on at least
         `NEIGHBOURS` times its merit.
         """
@@ -140,15 +139,25 @@ class Vote(EvictionRule):
         merit = self.merit(position, slots.votes, slots.v, goes_on)
         least = without_octaves(NEIGHBOURS * merit)
         slots.votes.copy_(torch.maximum(slots.votes, least))
-        protected = (position < self.policy.sinks) | (
-            position >= end - min(self.policy.recent, RECENT_IN_SELECTION)
-        )
-        merit[protected] = float("inf")
+        merit[self.protected(position, end)] = float("inf")
         # Stable sorts: by age, then by votes, so that ties keep the newer slot.
         by_age = position.argsort(dim=1, descending=True)
         ranked = merit.gather(1, by_age).argsort(dim=1, descending=True, stable=True)
         kept = by_age.gather(1, ranked[:, : self.policy.budget])
         return kept.sort(dim=1).values
+
+    def protected(self, position: torch.Tensor, end: int) -> torch.Tensor:
+        """What a selection keeps whatever it is worth: bool [Hkv, n].
+
+        The sinks, and the last tokens, `RECENT_IN_SELECTION` at most.
+
+        Args:
+            position: int64 [Hkv, n].
+            end: End of the segment.
+
+        """
+        recent = min(self.policy.recent, RECENT_IN_SELECTION)
+        return (position < self.policy.sinks) | (position >= end - recent)
 
     def merit(
         self,

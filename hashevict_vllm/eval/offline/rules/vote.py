@@ -13,7 +13,7 @@ from hashevict_vllm.eval.offline.model import PromptLayer
 from hashevict_vllm.eval.offline.rules.base import Rule
 from hashevict_vllm.eval.offline.slots import Slots, Step
 from hashevict_vllm.eval.rule_digest import rule_digest
-from hashevict_vllm.kernels.codes import NEIGHBOURS, RECENT_IN_SELECTION
+from hashevict_vllm.kernels.codes import NEIGHBOURS
 from hashevict_vllm.kernels.projection import make_projection
 from hashevict_vllm.kernels.signature import signature_bits
 from hashevict_vllm.policies.base import LiveSlots
@@ -141,9 +141,7 @@ class VoteRule(Rule):
             merit = self.rule.merit(position, votes, prompt.v, goes_on=False)
             votes = torch.maximum(votes, NEIGHBOURS * merit)
         score = merit.clone()
-        score[:, : self.policy.sinks] = float("inf")
-        protected = min(self.recent, RECENT_IN_SELECTION)
-        score[:, max(0, len(prompt) - protected) :] = float("inf")
+        score[self.rule.protected(position, len(prompt))] = float("inf")
         return votes, score
 
     def _votes(
