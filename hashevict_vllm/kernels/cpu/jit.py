@@ -89,5 +89,5 @@ def kernel(function: Callable[..., Any]) -> Any:
         # numba fell back to __pycache__ or the user's cache, which an upgrade keeps.
         _warn_uncached(f"numba chose {compiled.stats.cache_path}")
         return njit(nogil=True)(function)
-    jit_cache.survive_full_disk(compiled, _warn_uncached)
+    jit_cache.guard(compiled, folder, _warn_uncached)
     return compiled

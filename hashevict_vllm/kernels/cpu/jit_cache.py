@@ -2,6 +2,7 @@
 
 A process holds a shared lock on the folder that it uses for as long as it lives; who
 wants to delete a folder asks for the exclusive one, and leaves it alone if that fails.
+A second lock is held while a kernel is saved.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 LOCK = ".in-use"
+SAVING = ".saving"
 KEPT = 3
 """Folders of other versions that are kept: who goes back finds them compiled."""
 
@@ -77,12 +79,25 @@ def _delete_unless_used(path: Path, changed: float) -> None:
         os.close(lock)
 
 
-def survive_full_disk(compiled: Any, warn: Callable[[str], None]) -> None:
-    """Let a kernel run that could not be written to the cache, or read from it.
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within this context no other process saves a kernel in the folder."""
+    with open(folder / SAVING, "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def guard(compiled: Any, folder: Path, warn: Callable[[str], None]) -> None:
+    """Save one kernel at a time, and let one run that was not saved or cannot be read.
+
+    numba names a file by the first number that its index lacks: two processes that save
+    at once could take the same, and then one, at its next start, the other's code.
 
     Args:
         compiled: numba's dispatcher; its private ``_cache`` loads and saves
             (numba/core/caching.py, held by tests/kernels/cpu/test_jit.py).
+        folder: The version's, see `claim`.
         warn: Called with the reason.
 
     """
@@ -91,7 +106,8 @@ def survive_full_disk(compiled: Any, warn: Callable[[str], None]) -> None:
 
     def save_overload(*args: Any) -> None:
         try:
-            save(*args)
+            with _alone(folder):
+                save(*args)
         except OSError as error:
             warn(str(error))
 

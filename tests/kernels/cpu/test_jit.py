@@ -56,6 +56,20 @@ def full(self, *args):
     raise OSError(28, "No space left on device")
 caching.IndexDataCacheFile.save = full
 """
+ASKED = """
+import fcntl, os, pathlib
+from numba.core import caching
+save = caching.IndexDataCacheFile.save
+def ask_and_save(self, *args):
+    (path,) = pathlib.Path(os.environ["HASHEVICT_CACHE"]).rglob(".saving")
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.warning("it is being saved")
+    save(self, *args)
+caching.IndexDataCacheFile.save = ask_and_save
+"""
 NOBODY = """
 import os, pwd
 def nobody(uid):
@@ -107,6 +121,13 @@ def test_a_cache_that_can_be_written_is_used_without_a_word(tmp_path: Path) -> N
     assert logged == []
     assert result[2].startswith(str(tmp_path / "cache" / "kernels"))
     assert list(tmp_path.rglob("*.nbi"))
+
+
+def test_of_several_processes_one_saves_at_a_time(tmp_path: Path) -> None:
+    env = {"NUMBA_CACHE_DIR": "", "HASHEVICT_CACHE": str(tmp_path / "cache")}
+    logged, _ = run_kernel(tmp_path, ASKED, **env)
+    assert logged == ["LOG it is being saved"]
+    assert list(tmp_path.rglob("*.nbc"))
 
 
 def test_numba_choosing_another_place_is_not_followed(tmp_path: Path) -> None:
